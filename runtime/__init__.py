@@ -1,0 +1,33 @@
+"""Bundles to scores: numpy, tokenizers and onnxruntime, nothing else."""
+
+from samescore.runtime.bundle import Bundle
+from samescore.runtime.classifier import Classifier, load
+from samescore.runtime.errors import (
+    BundleError,
+    CheckpointError,
+    GateError,
+    InputError,
+    MissingDependencyError,
+    ProviderError,
+    SamescoreError,
+    UsageError,
+)
+from samescore.runtime.manifest import Manifest, Variant
+from samescore.runtime.prediction import Prediction
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "Classifier",
+    "GateError",
+    "InputError",
+    "Manifest",
+    "MissingDependencyError",
+    "Prediction",
+    "ProviderError",
+    "SamescoreError",
+    "UsageError",
+    "Variant",
+    "load",
+]

@@ -1,0 +1,53 @@
+"""Export once, run anywhere, and prove that the score is the same.
+
+from samescore import load
+
+classifier = load("bundles/refusal")
+classifier("<|user|>…<|assistant|>…")     # Prediction(label, probability, probabilities, logits, …)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from samescore.exporting import ExportResult, export
+    from samescore.runtime import Classifier, Prediction, SamescoreError, load
+    from samescore.verifying import VerifyResult, verify
+
+__version__ = "0.1.0"
+
+# Name → module: imported on first use, so that scoring never loads what only export needs.
+_HOMES = {
+    "Classifier": "samescore.runtime",
+    "ExportResult": "samescore.exporting",
+    "Prediction": "samescore.runtime",
+    "SamescoreError": "samescore.runtime",
+    "VerifyResult": "samescore.verifying",
+    "export": "samescore.exporting",
+    "load": "samescore.runtime",
+    "verify": "samescore.verifying",
+}
+
+__all__ = [
+    "Classifier",
+    "ExportResult",
+    "Prediction",
+    "SamescoreError",
+    "VerifyResult",
+    "__version__",
+    "export",
+    "load",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'samescore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,110 @@
+"""`parity.json`: the evidence a bundle carries, one entry per variant, with everything needed to judge it again."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from samescore.calibrate.gate import Tolerance, Verdict
+from samescore.calibrate.golden import ReferenceInfo
+from samescore.calibrate.metrics import Drift
+
+CERTIFICATE_NAME = "parity.json"
+SCHEMA_VERSION = 1
+# Instruction sets that change which int8 kernel runs.
+INT8_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8")
+
+
+@dataclass(frozen=True)
+class Invariance:
+    """Largest absolute logit difference of the same text scored another way; 0 means bit for bit equal.
+
+    neighbours: in one call with another text (padded where the graph can pad). workers: many texts at once on
+    single-threaded workers, against one at a time on all threads.
+    """
+
+    neighbours: float
+    workers: float
+
+
+@dataclass(frozen=True)
+class VariantParity:
+    """One variant's numbers, the tolerance they were held against, and the verdict."""
+
+    drift: Drift
+    invariance: Invariance
+    tolerance: Tolerance
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The whole of `parity.json`."""
+
+    reference: ReferenceInfo
+    environment: Mapping[str, object]
+    variants: Mapping[str, VariantParity]
+
+    def to_json(self) -> bytes:
+        """UTF-8 JSON, two spaces."""
+        document = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def environment(threads: int) -> dict[str, object]:
+    """Where numbers were made: versions, CPU and the flags that pick int8 kernels."""
+    return {
+        "samescore": metadata.version("samescore"),
+        "python": platform.python_version(),
+        "numpy": metadata.version("numpy"),
+        "tokenizers": metadata.version("tokenizers"),
+        "onnxruntime": _onnxruntime_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_field("model name") or platform.processor(),
+        "int8_flags": [flag for flag in INT8_FLAGS if flag in (_cpu_field("flags") or "").split()],
+        "threads": threads,
+    }
+
+
+def parity_table(variants: Mapping[str, VariantParity]) -> str:
+    """A table for people: one row per variant, and a line for each number that failed."""
+    header = f"{'variant':<15}{'texts':>6}{'max |Δp|':>10}{'p99 |Δp|':>10}{'mean |Δp|':>11}{'KLD':>9}{'same label':>20}{'noise':>7}  gate"
+    lines = [header]
+    for name, parity in variants.items():
+        d = parity.drift
+        agreement = f"{d.agreement:.2%} ≥ {d.agreement_low:.2%}"
+        noise = f"{d.noise_ratio:.2f}" if d.noise_ratio is not None else "–"
+        verdict = "PASS" if parity.verdict.passed else "FAIL"
+        lines.append(
+            f"{name:<15}{d.texts:>6}{d.max_abs_dp:>10.1e}{d.p99_abs_dp:>10.1e}{d.mean_abs_dp:>11.1e}{d.kld:>9.1e}"
+            f"{agreement:>20}{noise:>7}  {verdict}"
+        )
+        lines.extend(f"  {failure}" for failure in parity.verdict.failures)
+    return "\n".join(lines)
+
+
+TABLE_LEGEND = (
+    "Δp: largest difference of a text's probabilities from the PyTorch float32 reference. same label: share of texts, "
+    "and its 95 % lower bound. noise: mean Δp over that of the reference's own bfloat16 run."
+)
+
+
+def _onnxruntime_version() -> str:
+    from samescore.runtime.providers import import_onnxruntime
+
+    return str(import_onnxruntime().__version__)
+
+
+def _cpu_field(name: str) -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == name:
+                return value.strip()
+    except OSError:
+        pass
+    return None

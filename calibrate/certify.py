@@ -1,0 +1,101 @@
+"""Run a variant over a golden set and hold it against its tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from samescore.calibrate.certificate import Invariance, VariantParity
+from samescore.calibrate.gate import TOLERANCES, judge
+from samescore.calibrate.golden import GoldenSet
+from samescore.calibrate.metrics import measure
+from samescore.runtime.classifier import feeds_for
+from samescore.runtime.manifest import Activation, Precision
+from samescore.runtime.scheduler import run_longest_first
+from samescore.runtime.session import Session
+
+# Texts that the invariance checks score again.
+INVARIANCE_SAMPLE = 32
+
+SessionFactory = Callable[[int], Session]
+
+
+def certify(
+    open_session: SessionFactory,
+    golden: GoldenSet,
+    *,
+    labels: Sequence[str],
+    activation: Activation,
+    precision: Precision,
+    threads: int,
+    progress: Callable[[], None] | None = None,
+) -> VariantParity:
+    """Measure one variant against the golden set's reference logits, and judge it.
+
+    open_session: makes a session with that many threads per call. threads: CPU threads to use in all.
+    """
+    sequences = golden.input_ids()
+    logits = score_all(open_session(1), sequences, workers=threads, progress=progress)
+    reference = golden.reference
+    drift = measure(
+        golden.logits(),
+        logits,
+        labels,
+        activation,
+        truth=golden.labels(),
+        bf16_mean_abs_dp=reference.bf16_mean_abs_dp if reference else None,
+    )
+    invariance = check_invariance(open_session(threads), sequences, logits)
+    tolerance = TOLERANCES[precision]
+    return VariantParity(drift, invariance, tolerance, judge(drift, tolerance))
+
+
+def score_all(
+    session: Session,
+    sequences: Sequence[npt.NDArray[np.int64]],
+    *,
+    workers: int,
+    progress: Callable[[], None] | None = None,
+) -> npt.NDArray[np.float32]:
+    """Logits [texts, labels], each text alone."""
+
+    def run(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        row = session.run(feeds_for(session.inputs, ids[None, :]))[0]
+        if progress is not None:
+            progress()
+        return row
+
+    return np.stack(run_longest_first(sequences, len, run, workers=workers))
+
+
+def check_invariance(
+    session: Session, sequences: Sequence[npt.NDArray[np.int64]], logits: npt.NDArray[np.float32]
+) -> Invariance:
+    """Score a sample again alone on this session, and again beside another text."""
+    step = max(1, len(sequences) // INVARIANCE_SAMPLE)
+    chosen = list(range(0, len(sequences), step))[:INVARIANCE_SAMPLE]
+    workers = neighbours = 0.0
+    for index in chosen:
+        other = sequences[(index + step) % len(sequences)]
+        alone = session.run(feeds_for(session.inputs, sequences[index][None, :]))[0]
+        workers = max(workers, float(np.abs(alone - logits[index]).max()))
+        ids, mask = pair(sequences[index], other, can_pad="attention_mask" in session.inputs)
+        beside = session.run(feeds_for(session.inputs, ids, mask))[0]
+        neighbours = max(neighbours, float(np.abs(beside - alone).max()))
+    return Invariance(neighbours=neighbours, workers=workers)
+
+
+def pair(
+    first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], *, can_pad: bool
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ids and mask int64 [2, sequence]: right-padded to the longer one, or else the second repeated or cut to fit."""
+    if not can_pad:
+        return np.stack([first, np.resize(second, len(first))]), np.ones((2, len(first)), np.int64)
+    width = max(len(first), len(second))
+    ids, mask = np.zeros((2, width), np.int64), np.zeros((2, width), np.int64)
+    for row, sequence in enumerate((first, second)):
+        ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    return ids, mask

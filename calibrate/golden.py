@@ -1,0 +1,190 @@
+"""Golden sets: texts with their token ids and the reference's logits, one JSON object per line, lossless.
+
+    {"golden": 1, "reference": {...}}                                  first line: whose numbers these are
+    {"text": "…", "label": "…", "input_ids": [...], "logits": ["0x1.8p+0", ...]}
+    {"messages": [...], ...}
+
+Logits are float32 written as `float.hex()`. A file without the first line, or without ids and logits, is a list of texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from samescore.runtime.contract import TextContract, text_of_record
+from samescore.runtime.errors import BundleError, InputError
+from samescore.runtime.manifest import parse_as
+from samescore.runtime.tokenizer import TextEncoder
+
+FORMAT = 1
+TEXT_FIELDS = ("text", "messages")
+
+
+@dataclass(frozen=True)
+class ReferenceInfo:
+    """Whose logits they are: the checkpoint's digest, and the versions and dtype that computed them.
+
+    bf16_mean_abs_dp, bf16_p99_abs_dp: the drift of the reference's own bfloat16 run over these texts (the yardstick of
+    the noise ratio), None if not measured.
+    """
+
+    checkpoint_sha256: str
+    dtype: str
+    torch: str
+    transformers: str
+    bf16_mean_abs_dp: float | None
+    bf16_p99_abs_dp: float | None
+
+
+@dataclass(frozen=True)
+class GoldenText:
+    """One text as handed in, with its ids int64 [sequence] and reference logits float32 [labels] once known."""
+
+    record: Mapping[str, Any]
+    label: str | None
+    input_ids: npt.NDArray[np.int64] | None = None
+    logits: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class GoldenSet:
+    """Texts in order; `reference` is None until their logits are known."""
+
+    reference: ReferenceInfo | None
+    texts: tuple[GoldenText, ...]
+
+    def input_ids(self) -> list[npt.NDArray[np.int64]]:
+        """The ids of every text; they must have been encoded."""
+        return [text.input_ids for text in self.texts if text.input_ids is not None]
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Reference logits [texts, labels]."""
+        return np.stack([text.logits for text in self.texts if text.logits is not None])
+
+    def labels(self) -> list[str | None]:
+        """The known label of each text, or None."""
+        return [text.label for text in self.texts]
+
+    def without_reference(self) -> GoldenSet:
+        """The texts alone: no ids, no logits."""
+        return GoldenSet(None, tuple(replace(text, input_ids=None, logits=None) for text in self.texts))
+
+
+def read_golden(source: Path | bytes, name: str | None = None) -> GoldenSet:
+    """Read a golden set or a plain list of texts (JSONL); InputError names the first bad line."""
+    where = name or str(source)
+    try:
+        raw = source if isinstance(source, bytes) else source.read_bytes()
+        lines = raw.decode().split("\n")  # not splitlines: a JSON string may hold U+2028
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8: {error}") from error
+    reference, texts = None, []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+            if not isinstance(document, dict):
+                raise InputError("not a JSON object")
+            if "golden" in document:
+                reference = _reference(document)
+            else:
+                texts.append(_text(document))
+        except (json.JSONDecodeError, InputError, BundleError, ValueError) as error:
+            raise InputError(f"{where}, line {number}: {error}") from error
+    if not texts:
+        raise InputError(f'{where} holds no texts; a line is {{"text": "…"}} or {{"messages": […]}}')
+    complete = all(text.logits is not None and text.input_ids is not None for text in texts)
+    if reference is not None and not complete:
+        raise InputError(f"{where} names a reference, but some lines hold no `input_ids` and `logits`")
+    golden = GoldenSet(reference, tuple(texts))
+    return golden if reference else golden.without_reference()
+
+
+def write_golden(golden: GoldenSet) -> bytes:
+    """The golden set as JSONL."""
+    lines = [json.dumps({"golden": FORMAT, "reference": asdict(golden.reference) if golden.reference else None})]
+    for text in golden.texts:
+        document = dict(text.record)
+        if text.label is not None:
+            document["label"] = text.label
+        if text.input_ids is not None:
+            document["input_ids"] = [int(i) for i in text.input_ids]
+        if text.logits is not None:
+            document["logits"] = [float(x).hex() for x in text.logits]
+        lines.append(json.dumps(document, ensure_ascii=False))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def encode_golden(golden: GoldenSet, encoder: TextEncoder) -> GoldenSet:
+    """Tokenize every text; with stored ids, BundleError if any text now yields other ids."""
+    texts, changed = [], []
+    for number, text in enumerate(golden.texts):
+        try:
+            ids = encoder.encode(text_of_record(text.record, encoder.contract)).input_ids
+        except InputError as error:
+            raise InputError(f"golden text {number}: {error}") from error
+        if text.input_ids is not None and not np.array_equal(ids, text.input_ids):
+            changed.append(number)
+        texts.append(replace(text, input_ids=ids))
+    if changed:
+        raise BundleError(
+            f"{len(changed)} of {len(texts)} golden texts tokenize to other ids than the stored ones "
+            f"(first: text {changed[0]}): the tokenizer, the contract or the golden set belongs to something else"
+        )
+    return replace(golden, texts=tuple(texts))
+
+
+def text_digests(golden: GoldenSet, contract: TextContract) -> set[str]:
+    """SHA-256 of each text as the contract renders it, to keep calibration and golden texts apart."""
+    return {hashlib.sha256(text_of_record(text.record, contract).encode()).hexdigest() for text in golden.texts}
+
+
+def with_logits(golden: GoldenSet, logits: npt.NDArray[np.float32], reference: ReferenceInfo) -> GoldenSet:
+    """The set with reference logits [texts, labels] filled in."""
+    texts = tuple(replace(text, logits=row) for text, row in zip(golden.texts, logits, strict=True))
+    return GoldenSet(reference, texts)
+
+
+def _reference(document: Mapping[str, Any]) -> ReferenceInfo | None:
+    if document["golden"] != FORMAT:
+        raise InputError(f"golden format {document['golden']!r}; this samescore reads {FORMAT}")
+    value = document.get("reference")
+    return None if value is None else parse_as(ReferenceInfo, value, "reference")
+
+
+def _text(document: Mapping[str, Any]) -> GoldenText:
+    record = {key: document[key] for key in TEXT_FIELDS if document.get(key) is not None}
+    if len(record) != 1:
+        raise InputError(
+            f"needs exactly one of {' or '.join(f'`{f}`' for f in TEXT_FIELDS)}; has: {', '.join(document)}"
+        )
+    label = document.get("label")
+    ids, logits = document.get("input_ids"), document.get("logits")
+    return GoldenText(
+        record=record,
+        label=label if isinstance(label, str) else None,
+        input_ids=None if ids is None else _int_array(ids),
+        logits=None if logits is None else np.array([_float(x) for x in logits], dtype=np.float32),
+    )
+
+
+def _int_array(values: Iterable[Any]) -> npt.NDArray[np.int64]:
+    ids: Sequence[Any] = list(values)
+    if not ids or not all(type(i) is int for i in ids):
+        raise InputError("`input_ids` is not a list of integers")
+    return np.array(ids, dtype=np.int64)
+
+
+def _float(value: Any) -> float:
+    return float.fromhex(value) if isinstance(value, str) else float(value)

@@ -1,0 +1,255 @@
+"""BERT sequence classification (`BertForSequenceClassification`), from the config and the tensors alone.
+
+    ids → word + position + segment-0 embeddings → LayerNorm
+        → layers × (self-attention → add → LayerNorm → feed-forward → add → LayerNorm)
+        → first token → pooler (tanh) → classifier → logits
+
+Only the first token is read at the end, so in the last layer everything after its keys and values is computed for that
+token alone. Rows are kept flat [batch * sequence, hidden]; only attention sees the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from samescore.export.checkpoint import Checkpoint
+from samescore.export.graphs.blocks import GraphBuilder, Linears, embedding, layer_norm, make_linears
+from samescore.export.recipes import Recipe
+from samescore.export.weights import WeightFile
+from samescore.runtime.errors import CheckpointError
+
+FloatArray = npt.NDArray[np.float32]
+
+ARCHITECTURE = "BertForSequenceClassification"
+# ONNX Gelu's `approximate` for each activation that transformers calls a GELU.
+GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The facts of `config.json` that the graph needs."""
+
+    hidden: int
+    heads: int
+    layers: int
+    vocabulary: int
+    positions: int
+    eps: float
+    activation: str
+    labels: int
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint) -> BertConfig:
+        """From a checkpoint; CheckpointError for a BERT that this graph does not describe."""
+        config = checkpoint.config
+        _refuse(checkpoint, "position_embedding_type", config.get("position_embedding_type", "absolute"), {"absolute"})
+        _refuse(checkpoint, "is_decoder", bool(config.get("is_decoder", False)), {False})
+        _refuse(checkpoint, "hidden_act", config.get("hidden_act", "gelu"), set(GELUS))
+        return cls(
+            hidden=int(config["hidden_size"]),
+            heads=int(config["num_attention_heads"]),
+            layers=int(config["num_hidden_layers"]),
+            vocabulary=int(config["vocab_size"]),
+            positions=int(config["max_position_embeddings"]),
+            eps=float(config.get("layer_norm_eps", 1e-12)),
+            activation=GELUS[config.get("hidden_act", "gelu")],
+            labels=len(checkpoint.labels),
+        )
+
+
+def _refuse(checkpoint: Checkpoint, key: str, value: Any, known: set[Any]) -> None:
+    if value not in known:
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json has {key} = {value!r}; the bert graph knows {', '.join(sorted(map(repr, known)))}"
+        )
+
+
+def build(
+    checkpoint: Checkpoint,
+    weights: WeightFile,
+    recipe: Recipe,
+    *,
+    ranges: Mapping[str, FloatArray] | None = None,
+    taps: bool = False,
+) -> ir.Model:
+    """The classifier's graph in one recipe.
+
+    Inputs: `input_ids` int64 [batch, sequence]; plain recipes add `attention_mask` int64 of the same shape (right
+    padding), fused ones expect texts of equal length without padding. Output: `logits` float32 [batch, labels].
+    ranges: by linear layer, the largest magnitude of each input channel on calibration texts (int8 smoothing).
+    taps: also output these magnitudes, as `range/<site>`.
+    """
+    g = GraphBuilder(weights, recipe)
+    bert = _Bert(g, checkpoint, BertConfig.read(checkpoint), make_linears(g, ranges=ranges, taps=taps))
+    bert.build()
+    return g.model(checkpoint.architecture)
+
+
+class _Bert:
+    """The graph under construction."""
+
+    def __init__(self, g: GraphBuilder, checkpoint: Checkpoint, config: BertConfig, linears: Linears):
+        self.g = g
+        self.checkpoint = checkpoint
+        self.config = config
+        self.linears = linears
+        self.ids = g.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+        self.mask_bias = None if g.recipe.contrib else self._mask_bias()
+
+    def build(self) -> None:
+        """Emit every node."""
+        x = self._embeddings()
+        for index in range(self.config.layers):
+            x = self._layer(x, f"bert.encoder.layer.{index}", last=index == self.config.layers - 1)
+        self._head(x)
+
+    def _embeddings(self) -> ir.Value:
+        g, prefix = self.g, "bert.embeddings"
+        word = f"{prefix}.word_embeddings.weight"
+        shape = (self.config.vocabulary, self.config.hidden)
+        x = embedding(g, word, lambda: self.checkpoint.row_chunks(word), shape, self.ids)
+        segment = self._tensor(f"{prefix}.token_type_embeddings.weight")[0]
+        positions = g.float_weight(
+            f"{prefix}.position_embeddings.weight", self._tensor(f"{prefix}.position_embeddings.weight") + segment
+        )
+        length = g.op("Shape", self.ids, start=1, end=2)
+        x = g.op("Add", x, g.op("Slice", positions, g.ints(0), length, g.ints(0)))
+        return self._norm(g.op("Reshape", x, g.ints(-1, self.config.hidden)), f"{prefix}.LayerNorm")
+
+    def _layer(self, x: ir.Value, prefix: str, *, last: bool) -> ir.Value:
+        """One encoder layer on rows [rows, hidden]; in the last one, first-token rows [batch, hidden] come out."""
+        g, attention = self.g, f"{prefix}.attention"
+        out_weight = self._matrix(f"{attention}.output.dense.weight")
+        smoothed = self.linears.smoothing(f"{attention}.output.dense", out_weight)
+        context, x = self._attention(x, f"{attention}.self", smoothed, last=last)
+        y = self._linear(context, f"{attention}.output.dense", out_weight, smoothed=smoothed)
+        x = self._norm(g.op("Add", y, x), f"{attention}.output.LayerNorm")
+        inner = self._linear(x, f"{prefix}.intermediate.dense")
+        inner = self._gelu(inner)
+        y = self._linear(inner, f"{prefix}.output.dense", after_gelu=True)
+        return self._norm(g.op("Add", y, x), f"{prefix}.output.LayerNorm")
+
+    def _attention(
+        self, x: ir.Value, prefix: str, smoothed: FloatArray | None, *, last: bool
+    ) -> tuple[ir.Value, ir.Value]:
+        """Context rows and the residual rows they belong to.
+
+        The smoothing scales of the output projection are divided out of the value projection: attention only mixes
+        value rows, so the division passes through it.
+        """
+        weights = {part: self._matrix(f"{prefix}.{part}.weight") for part in ("query", "key", "value")}
+        biases = {part: self._tensor(f"{prefix}.{part}.bias") for part in ("query", "key", "value")}
+        if smoothed is not None:
+            weights["value"] = weights["value"] / smoothed
+            biases["value"] = biases["value"] / smoothed
+
+        def project(rows: ir.Value, *parts: str) -> list[ir.Value]:
+            weight = np.concatenate([weights[part] for part in parts], axis=1)
+            bias = np.concatenate([biases[part] for part in parts])
+            packed = self._unflatten(self.linears(rows, f"{prefix}.{'_'.join(parts)}", weight, bias), len(parts))
+            if len(parts) == 1:
+                return [packed]
+            return self.g.op_many("Split", packed, outputs=len(parts), axis=-1, num_outputs=len(parts))
+
+        if not last:
+            query, key, value = project(x, "query", "key", "value")
+            return self._attend(query, key, value), x
+        key, value = project(x, "key", "value")
+        first = self._first_rows(x)
+        (query,) = project(first, "query")
+        # `query` came out as [batch, 1, hidden]: _unflatten divides the rows evenly over the batch.
+        return self._attend(query, key, value), first
+
+    def _attend(self, query: ir.Value, key: ir.Value, value: ir.Value) -> ir.Value:
+        """Multi-head attention of [batch, q, hidden] on [batch, k, hidden]; rows [batch * q, hidden]."""
+        g, heads = self.g, self.config.heads
+        if self.mask_bias is None:
+            context = g.contrib("MultiHeadAttention", query, key, value, num_heads=heads)
+        else:
+            context = self._attend_plain(query, key, value)
+        return g.op("Reshape", context, g.ints(-1, self.config.hidden))
+
+    def _attend_plain(self, query: ir.Value, key: ir.Value, value: ir.Value) -> ir.Value:
+        """The same from standard operators; scores and softmax in float32."""
+        g, size = self.g, self.config.hidden // self.config.heads
+
+        def split_heads(x: ir.Value, order: list[int]) -> ir.Value:
+            return g.op("Transpose", g.op("Reshape", x, g.ints(0, 0, self.config.heads, size)), perm=order)
+
+        scaled = g.op("Mul", query, g.constant(1 / math.sqrt(size), g.float_dtype))
+        scores = g.op("MatMul", split_heads(scaled, [0, 2, 1, 3]), split_heads(key, [0, 2, 3, 1]))
+        scores = g.op("Add", self._cast(scores, np.float32), self.mask_bias)
+        probabilities = self._cast(g.op("Softmax", scores, axis=-1), g.float_dtype)
+        context = g.op("MatMul", probabilities, split_heads(value, [0, 2, 1, 3]))
+        return g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), g.ints(0, 0, self.config.hidden))
+
+    def _head(self, first: ir.Value) -> None:
+        """Pooler and classifier, always in float32."""
+        g = self.g
+        pooled = self._gemm(self._cast(first, np.float32), "bert.pooler.dense")
+        logits = self._gemm(g.op("Tanh", pooled), "classifier")
+        g.output(logits, "logits", ir.DataType.FLOAT, ["batch", self.config.labels])
+
+    def _mask_bias(self) -> ir.Value:
+        """0 on real keys and float32's lowest value on padded ones, float32 [batch, 1, 1, sequence]."""
+        g = self.g
+        mask = g.input("attention_mask", ir.DataType.INT64, ["batch", "sequence"])
+        real = g.op("Cast", mask, to=ir.DataType.BOOL.value)
+        lowest = float(np.finfo(np.float32).min)
+        bias = g.op("Where", real, g.constant(0.0, np.float32), g.constant(lowest, np.float32))
+        return g.op("Unsqueeze", bias, g.ints(1, 2))
+
+    def _gelu(self, x: ir.Value) -> ir.Value:
+        return self.g.op("Gelu", x, approximate=self.config.activation)
+
+    def _first_rows(self, rows: ir.Value) -> ir.Value:
+        """The first token's row of each text, [batch, hidden]."""
+        x = self._unflatten(rows, 1)
+        return self.g.op("Gather", x, self.g.constant(0, np.int64), axis=1)
+
+    def _unflatten(self, rows: ir.Value, width: int) -> ir.Value:
+        """[batch * n, width * hidden] → [batch, n, width * hidden]."""
+        g = self.g
+        batch = g.op("Shape", self.ids, start=0, end=1)
+        shape = g.op("Concat", batch, g.ints(-1, width * self.config.hidden), axis=0)
+        return g.op("Reshape", rows, shape)
+
+    def _norm(self, x: ir.Value, name: str) -> ir.Value:
+        weight, bias = self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias")
+        return layer_norm(self.g, x, name, weight, bias, self.config.eps)
+
+    def _linear(
+        self,
+        x: ir.Value,
+        name: str,
+        weight: FloatArray | None = None,
+        *,
+        after_gelu: bool = False,
+        smoothed: FloatArray | None = None,
+    ) -> ir.Value:
+        matrix = self._matrix(f"{name}.weight") if weight is None else weight
+        return self.linears(x, name, matrix, self._tensor(f"{name}.bias"), after_gelu=after_gelu, smoothed=smoothed)
+
+    def _gemm(self, x: ir.Value, name: str) -> ir.Value:
+        g = self.g
+        weight = g.weight(f"{name}.weight", self._matrix(f"{name}.weight"))
+        return g.op("Gemm", x, weight, g.weight(f"{name}.bias", self._tensor(f"{name}.bias")))
+
+    def _cast(self, x: ir.Value, dtype: npt.DTypeLike) -> ir.Value:
+        if self.g.float_dtype == np.float32:
+            return x
+        return self.g.op("Cast", x, to=ir.DataType.from_numpy(np.dtype(dtype)).value)
+
+    def _tensor(self, name: str) -> FloatArray:
+        return self.checkpoint.tensor(name)
+
+    def _matrix(self, name: str) -> FloatArray:
+        """A torch Linear's [out, in] weight as [in, out]."""
+        return np.ascontiguousarray(self.checkpoint.tensor(name).T)

@@ -1,0 +1,194 @@
+"""Score texts with a bundle: `Classifier(path)` and its calls."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from samescore.runtime.bundle import Bundle, ModelBytes
+from samescore.runtime.contract import text_of_record
+from samescore.runtime.errors import InputError, UsageError
+from samescore.runtime.manifest import Manifest
+from samescore.runtime.prediction import Prediction, predict
+from samescore.runtime.providers import choose
+from samescore.runtime.scheduler import run_longest_first
+from samescore.runtime.session import Session
+from samescore.runtime.threads import available_threads
+from samescore.runtime.tokenizer import Encoded, TextEncoder
+
+log = logging.getLogger(__name__)
+
+Message = Mapping[str, str]
+Conversation = Sequence[Message]
+
+
+class Classifier:
+    """A loaded bundle. Thread-safe; scores do not depend on what else is scored beside them.
+
+    path: the bundle folder. provider: `auto`, `cpu`, `cuda`, `migraphx` or `rocm`. variant: a variant's name, or None
+    for the provider's first. threads: CPU threads to use in all (None: what affinity and the cgroup quota allow).
+    workers: texts scored at the same time when several are handed in (default: one per thread).
+    low_memory: keep weights in the page cache instead of repacking them (loads faster, runs somewhat slower).
+    Raises BundleError, ProviderError or UsageError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        provider: str = "auto",
+        variant: str | None = None,
+        threads: int | None = None,
+        workers: int | None = None,
+        low_memory: bool = False,
+    ):
+        for name, value in (("threads", threads), ("workers", workers)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
+        self.threads = threads or available_threads()
+        self.workers = workers or self.threads
+        with Bundle(path) as bundle:
+            self.manifest: Manifest = bundle.manifest
+            self.digest = bundle.digest
+            self.variant, self.target = choose(bundle.manifest, provider=provider, variant=variant)
+            self.encoder = TextEncoder(bundle.read("tokenizer.json"), bundle.manifest.contract)
+            self._model: ModelBytes = bundle.model(self.variant)
+        self._low_memory = low_memory
+        self._sessions: dict[int, Session] = {}
+        self._lock = threading.Lock()
+        # Only an explicit number of workers says that many texts will come at once.
+        self._session(max(1, self.threads // (workers or 1)))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels in the order of the logits."""
+        return self.manifest.labels
+
+    @overload
+    def __call__(self, item: str | Message, /) -> Prediction: ...
+
+    @overload
+    def __call__(self, item: Sequence[str] | Conversation | Sequence[Conversation], /) -> Any: ...
+
+    def __call__(self, item: Any, /) -> Any:
+        """Score one text or conversation (a Prediction), or a list of them (a list, in order).
+
+        A conversation is a list of `{role, content}`; InputError names the first item that cannot be scored.
+        """
+        if isinstance(item, str):
+            return self.score([item])[0]
+        if not isinstance(item, Sequence):
+            raise InputError(f"expected a text, a conversation or a list of them, got {type(item).__name__}")
+        if item and all(isinstance(part, Mapping) for part in item):
+            return self.score([item])[0]
+        return self.score(item)
+
+    def score(
+        self,
+        items: Iterable[str | Conversation],
+        *,
+        workers: int | None = None,
+        allow_role_tokens: bool = False,
+        progress: Callable[[], None] | None = None,
+    ) -> list[Prediction]:
+        """Score texts or conversations; Predictions in input order.
+
+        workers: texts run at the same time (default: the Classifier's). allow_role_tokens: leave role tokens inside
+        message contents as they are. progress: called once per finished text, from worker threads.
+        """
+        encoded = []
+        for number, item in enumerate(items):
+            try:
+                encoded.append(self.encoder.encode(item, allow_role_tokens=allow_role_tokens))
+            except InputError as error:
+                raise InputError(f"item {number}: {error}") from error
+        return self.score_encoded(encoded, workers=workers, progress=progress)
+
+    def score_records(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        *,
+        workers: int | None = None,
+        allow_role_tokens: bool = False,
+        progress: Callable[[], None] | None = None,
+    ) -> list[Prediction | InputError]:
+        """Score JSON objects by the contract's fields; one that cannot be scored yields its InputError in place."""
+        encoded: dict[int, Encoded] = {}
+        results: dict[int, Prediction | InputError] = {}
+        for number, record in enumerate(records):
+            try:
+                text = text_of_record(record, self.manifest.contract, allow_role_tokens=allow_role_tokens)
+                encoded[number] = self.encoder.encode(text)
+            except InputError as error:
+                results[number] = error
+        scored = self.score_encoded(list(encoded.values()), workers=workers, progress=progress)
+        results.update(zip(encoded, scored, strict=True))
+        return [results[number] for number in range(len(records))]
+
+    def score_encoded(
+        self, encoded: Sequence[Encoded], *, workers: int | None = None, progress: Callable[[], None] | None = None
+    ) -> list[Prediction]:
+        """Score already tokenized texts; Predictions in input order."""
+        rows = self.logits([item.input_ids for item in encoded], workers=workers, progress=progress)
+        return [
+            predict(row, self.labels, self.manifest.activation, tokens=len(item.input_ids), truncated=item.truncated)
+            for row, item in zip(rows, encoded, strict=True)
+        ]
+
+    def logits(
+        self,
+        sequences: Sequence[npt.NDArray[np.int64]],
+        *,
+        workers: int | None = None,
+        progress: Callable[[], None] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Logits float32 [texts, labels] of token id sequences, each run alone and unpadded."""
+        if workers is not None and workers < 1:
+            raise UsageError(f"workers must be at least 1, got {workers}")
+        count = min(workers or self.workers, len(sequences)) or 1
+        session = self._session(max(1, self.threads // count))
+
+        def run(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+            row = session.run(feeds_for(session.inputs, ids[None, :]))[0]
+            if progress is not None:
+                progress()
+            return row
+
+        rows = run_longest_first(sequences, len, run, workers=count)
+        return np.stack(rows) if rows else np.zeros((0, len(self.labels)), dtype=np.float32)
+
+    def _session(self, intra_op_threads: int) -> Session:
+        """The session with that many threads per call, made on first use over the same verified bytes."""
+        with self._lock:
+            session = self._sessions.get(intra_op_threads)
+            if session is None:
+                session = Session(
+                    self._model, self.target, intra_op_threads=intra_op_threads, low_memory=self._low_memory
+                )
+                self._sessions[intra_op_threads] = session
+            return session
+
+
+def feeds_for(
+    inputs: Sequence[str],
+    input_ids: npt.NDArray[np.int64],
+    attention_mask: npt.NDArray[np.int64] | None = None,
+) -> dict[str, npt.NDArray[np.int64]]:
+    """The graph's inputs from ids int64 [batch, sequence]; without a mask every position is real."""
+    feeds = {"input_ids": input_ids}
+    if "attention_mask" in inputs:
+        feeds["attention_mask"] = np.ones_like(input_ids) if attention_mask is None else attention_mask
+    if "token_type_ids" in inputs:
+        feeds["token_type_ids"] = np.zeros_like(input_ids)
+    return feeds
+
+
+def load(path: str | os.PathLike[str], **options: Any) -> Classifier:
+    """Open a bundle for scoring; `options` are those of Classifier."""
+    return Classifier(path, **options)

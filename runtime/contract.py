@@ -1,0 +1,121 @@
+"""Text contracts: how what a caller hands in becomes the one string that a profile's tokenizer sees.
+
+A contract is data (it is stored in the manifest) plus the pure functions below. Nothing here touches a tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from samescore.runtime.errors import InputError
+
+ROLES = ("system", "user", "assistant")
+ROLE_TOKEN = re.compile(r"<\|(?:system|user|assistant)\|>")
+
+
+@dataclass(frozen=True)
+class TextContract:
+    """How text reaches the model.
+
+    kind: `conversation` takes a role-token string (`<|user|>…<|assistant|>…`) or a list of `{role, content}` messages;
+      `text` takes a string as it is.
+    max_tokens: the limit, special tokens included.
+    truncation: `middle` replaces the middle of a long text by `ellipsis`; `right` keeps the first tokens, as
+      `truncation=True` of a Hugging Face tokenizer does.
+    """
+
+    kind: Literal["conversation", "text"]
+    max_tokens: int
+    truncation: Literal["middle", "right"]
+    ellipsis: str
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The JSON fields that an input line may hold its text in."""
+        return ("text", "messages") if self.kind == "conversation" else ("text",)
+
+
+def text_of_record(record: Mapping[str, Any], contract: TextContract, *, allow_role_tokens: bool = False) -> str:
+    """The contract's string for one JSON object; InputError when it holds none, two, or an empty one."""
+    present = [name for name in contract.fields if record.get(name) is not None]
+    if len(present) != 1:
+        wanted = " or ".join(f"`{name}`" for name in contract.fields)
+        found = ", ".join(map(str, record)) or "nothing"
+        raise InputError(f"a line needs exactly one of {wanted}; this one has: {found}")
+    return render(record[present[0]], contract, allow_role_tokens=allow_role_tokens)
+
+
+def render(item: Any, contract: TextContract, *, allow_role_tokens: bool = False) -> str:
+    """The contract's string for a text or, in a conversation contract, for a list of messages."""
+    if isinstance(item, str):
+        text = item
+    elif contract.kind == "conversation" and isinstance(item, Sequence) and not isinstance(item, bytes):
+        text = render_messages(item, allow_role_tokens=allow_role_tokens)
+    else:
+        kinds = "a string or a list of {role, content}" if contract.kind == "conversation" else "a string"
+        raise InputError(f"expected {kinds}, got {type(item).__name__}")
+    if not text.strip():
+        raise InputError("the text is empty")
+    return _without_surrogates(text)
+
+
+def render_messages(messages: Sequence[Any], *, allow_role_tokens: bool = False) -> str:
+    """`<|role|>content` for each message, with nothing between them.
+
+    A role token inside a message's content would open a turn that nobody spoke, so `<|user|>` there becomes `< |user|>`
+    unless `allow_role_tokens` is set.
+    """
+    if not messages:
+        raise InputError("the conversation is empty: `messages` needs at least one {role, content}")
+    parts = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise InputError(f"message {number} is not an object with a string `role` and a string `content`")
+        role = message.get("role")
+        if role not in ROLES:
+            raise InputError(f"message {number} has role {role!r}; roles are {', '.join(ROLES)}")
+        content = message["content"]
+        parts.append(f"<|{role}|>" + (content if allow_role_tokens else escape_role_tokens(content)))
+    if not any(message["content"].strip() for message in messages):
+        raise InputError("the conversation is empty: every message's content is blank")
+    return "".join(parts)
+
+
+def escape_role_tokens(text: str) -> str:
+    """`text` with each role token broken by a space, so that it reads the same and opens no turn."""
+    return ROLE_TOKEN.sub(lambda match: "< " + match.group()[1:], text)
+
+
+def _without_surrogates(text: str) -> str:
+    """Refuse lone surrogates (JSON's "\\ud800"): no UTF-8 text holds them and tokenizers cannot read them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text holds a lone surrogate at character {error.start}; it is not valid Unicode"
+        ) from None
+    return text
+
+
+def join_around_middle(text: str, head_end: int, tail_start: int, contract: TextContract) -> str:
+    """`text[:head_end] + ellipsis + text[tail_start:]`, never cutting a role token in two.
+
+    Where the cut swallows the role token of the turn that the tail belongs to, the token is put back after the
+    ellipsis: a tail without its speaker would read as the words of whoever spoke before the cut.
+    """
+    if contract.kind != "conversation":
+        return text[:head_end] + contract.ellipsis + text[tail_start:]
+    speaker = ""
+    for match in ROLE_TOKEN.finditer(text):
+        if match.start() < head_end < match.end():
+            head_end = match.start()
+        if match.start() < tail_start < match.end():
+            tail_start = match.start()
+        if head_end <= match.start() < tail_start:
+            speaker = match.group()
+        if match.start() == tail_start:
+            speaker = ""
+    return text[:head_end] + contract.ellipsis + speaker + text[tail_start:]

@@ -1,0 +1,184 @@
+"""`bundle.json`: what a bundle is, written and parsed strictly.
+
+The manifest is dumb JSON of at most 1 MB. Every key is a field of a frozen dataclass below; an unknown key, a missing key
+or a value of the wrong type is an error that names its place (`variants[0].target`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from samescore.runtime.contract import TextContract
+from samescore.runtime.errors import BundleError, UsageError, did_you_mean
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "bundle.json"
+MANIFEST_LIMIT = 1_000_000
+
+Target = Literal["cpu", "cuda", "migraphx"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+Activation = Literal["softmax", "sigmoid"]
+
+_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from. `revision` is a 40-hex commit for a hub source, else None.
+
+    `sha256` digests the checkpoint's config, tokenizer and safetensors files, so that reference numbers made from one
+    checkpoint are never taken for those of another.
+    """
+
+    kind: Literal["hub", "folder", "embedded"]
+    name: str
+    revision: str | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 (hex) of one file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One ONNX file made by one recipe.
+
+    `inputs` are the graph's inputs in order: `input_ids` int64 [batch, sequence], and `attention_mask` int64 of the same
+    shape where the graph can pad. The output is `logits` float32 [batch, labels].
+    `recipe` says how the weights and activations are stored, for people and for rebuilding.
+    """
+
+    name: str
+    target: Target
+    precision: Precision
+    model: str
+    data: tuple[str, ...]
+    inputs: tuple[str, ...]
+    opset: int
+    recipe: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of `bundle.json`; `files` covers every other file of the bundle by its relative path."""
+
+    schema_version: int
+    samescore_version: str
+    profile: str | None
+    architecture: str
+    source: Source
+    contract: TextContract
+    labels: tuple[str, ...]
+    activation: Activation
+    variants: tuple[Variant, ...]
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name; UsageError (naming those there are) when the bundle does not hold it."""
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        known = [variant.name for variant in self.variants]
+        raise UsageError(f"this bundle has no variant {name!r}; it has: {', '.join(known)}.{did_you_mean(name, known)}")
+
+    def to_json(self) -> bytes:
+        """The manifest as UTF-8 JSON, two spaces, keys in field order."""
+        return (json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """Parse and check the bytes of `bundle.json`; BundleError names the first thing that is wrong."""
+    if len(raw) > MANIFEST_LIMIT:
+        raise BundleError(f"{MANIFEST_NAME} holds {len(raw)} bytes; the limit is {MANIFEST_LIMIT}")
+    try:
+        document = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BundleError(f"{MANIFEST_NAME} is not JSON: {error}") from error
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise BundleError(
+            f"{MANIFEST_NAME} has schema version {version!r}; this samescore reads {SCHEMA_VERSION}. "
+            "Export the bundle again, or install the samescore that wrote it"
+        )
+    manifest = parse_as(Manifest, document, "")
+    _check(manifest)
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """What the types cannot say: safe paths, known digests, no duplicates, nothing unlisted."""
+    if len(manifest.labels) < 1 or len(set(manifest.labels)) != len(manifest.labels):
+        raise BundleError(f"{MANIFEST_NAME}: labels must be distinct and at least one, got {list(manifest.labels)}")
+    names = [variant.name for variant in manifest.variants]
+    if not names or len(set(names)) != len(names):
+        raise BundleError(f"{MANIFEST_NAME}: variants must have distinct names and be at least one, got {names}")
+    for path, entry in manifest.files.items():
+        if not _PATH.fullmatch(path):
+            raise BundleError(f"{MANIFEST_NAME}: {path!r} is not a plain relative path")
+        if not _SHA256.fullmatch(entry.sha256) or entry.size < 0:
+            raise BundleError(f"{MANIFEST_NAME}: {path} has no valid size and SHA-256")
+    for variant in manifest.variants:
+        for path in (variant.model, *variant.data):
+            if path not in manifest.files:
+                raise BundleError(
+                    f"{MANIFEST_NAME}: variant {variant.name} names {path!r}, which `files` does not list"
+                )
+
+
+T = TypeVar("T")
+
+
+def parse_as(kind: type[T], value: Any, where: str) -> T:
+    """`value` (decoded JSON) as the dataclass, Literal, union, tuple, mapping or scalar `kind`, strictly."""
+    if dataclasses.is_dataclass(kind):
+        return _parse_dataclass(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in arguments:
+            return typing.cast(T, value)
+        raise BundleError(f"{where}: {value!r} is none of {', '.join(map(repr, arguments))}")
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return typing.cast(T, None)
+        return typing.cast(T, parse_as(next(a for a in arguments if a is not type(None)), value, where))
+    if origin is tuple:
+        _expect(isinstance(value, list), where, "a list", value)
+        return typing.cast(T, tuple(parse_as(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)))
+    if origin is Mapping:
+        _expect(isinstance(value, dict), where, "an object", value)
+        return typing.cast(T, {key: parse_as(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()})
+    if kind is float and type(value) is int:
+        return typing.cast(T, float(value))
+    _expect(type(value) is kind, where, kind.__name__, value)
+    return typing.cast(T, value)
+
+
+def _parse_dataclass(kind: type[T], value: Any, where: str) -> T:
+    _expect(isinstance(value, dict), where or MANIFEST_NAME, "an object", value)
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in value:
+        if key not in known:
+            raise BundleError(f"{where or MANIFEST_NAME}: unknown key {key!r}.{did_you_mean(key, known)}")
+    if missing := sorted(known - value.keys()):
+        raise BundleError(f"{where or MANIFEST_NAME}: missing {', '.join(map(repr, missing))}")
+    prefix = f"{where}." if where else ""
+    return kind(**{key: parse_as(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
+
+
+def _expect(holds: bool, where: str, wanted: str, value: Any) -> None:
+    if not holds:
+        raise BundleError(f"{where}: expected {wanted}, got {type(value).__name__} {str(value)[:60]!r}")

@@ -1,0 +1,65 @@
+"""What the runtime answers: logits and the probabilities computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from samescore.runtime.manifest import Activation
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One scored text.
+
+    label: the most probable label. probability: its probability. probabilities: by label, in the model's order.
+    logits: the raw float32 outputs in the same order. tokens: the length the model read. truncated: whether the text
+    was cut to the contract's limit.
+    """
+
+    label: str
+    probability: float
+    probabilities: Mapping[str, float]
+    logits: tuple[float, ...]
+    tokens: int
+    truncated: bool
+
+    def to_record(self) -> dict[str, Any]:
+        """The fields that go into an output line."""
+        return {
+            "label": self.label,
+            "probability": self.probability,
+            "probabilities": dict(self.probabilities),
+            "logits": list(self.logits),
+            "truncated": self.truncated,
+        }
+
+
+def probabilities_of(logits: npt.NDArray[Any], activation: Activation) -> npt.NDArray[np.float64]:
+    """Softmax over the last axis, or the sigmoid of each logit, in float64; same shape as `logits` [..., labels]."""
+    wide = np.asarray(logits, dtype=np.float64)
+    if activation == "sigmoid":
+        return np.exp(-np.logaddexp(0.0, -wide))
+    shifted = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    result: npt.NDArray[np.float64] = shifted / shifted.sum(axis=-1, keepdims=True)
+    return result
+
+
+def predict(
+    logits: npt.NDArray[np.float32], labels: Sequence[str], activation: Activation, *, tokens: int, truncated: bool
+) -> Prediction:
+    """The Prediction for one row of logits [labels]."""
+    row = probabilities_of(logits, activation)
+    best = int(row.argmax())
+    return Prediction(
+        label=labels[best],
+        probability=float(row[best]),
+        probabilities={label: float(p) for label, p in zip(labels, row, strict=True)},
+        logits=tuple(float(x) for x in logits),
+        tokens=tokens,
+        truncated=truncated,
+    )

@@ -1,0 +1,70 @@
+"""ONNX Runtime sessions over verified bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from samescore.runtime.bundle import ModelBytes
+from samescore.runtime.errors import BundleError, ProviderError
+from samescore.runtime.manifest import Target
+from samescore.runtime.providers import EXECUTION_PROVIDERS, import_onnxruntime
+
+
+class Session:
+    """One graph on one provider. `run` may be called from several threads at once."""
+
+    def __init__(self, model: ModelBytes, target: Target, *, intra_op_threads: int, low_memory: bool = False):
+        ort = import_onnxruntime()
+        options = _session_options(ort, target, intra_op_threads, low_memory)
+        # ONNX Runtime reads the external data from these very buffers, not from the paths.
+        options.add_external_initializers_from_files_in_memory(
+            list(model.data), list(model.data.values()), [len(buffer) for buffer in model.data.values()]
+        )
+        provider = EXECUTION_PROVIDERS[target]
+        try:
+            self._session = ort.InferenceSession(
+                model.graph, options, providers=_provider_options(target), enable_fallback=0
+            )
+        except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
+            raise BundleError(f"ONNX Runtime {ort.__version__} cannot load this graph on {target}: {error}") from error
+        used = self._session.get_providers()[0]
+        if used != provider:
+            raise ProviderError(
+                f"{provider} was asked for, but ONNX Runtime {ort.__version__} fell back to {used}: "
+                f"a library that {target} needs could not be loaded. Start python with ORT's log on to see which"
+            )
+        self.inputs: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
+        self.outputs: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
+        self.target = target
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+        """The `logits` output, float32 [batch, labels]."""
+        logits: npt.NDArray[np.float32] = self._session.run(["logits"], dict(feeds))[0]
+        return logits
+
+    def run_outputs(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
+        """Several named outputs (for graphs that expose more than `logits`)."""
+        return list(self._session.run(list(names), dict(feeds)))
+
+
+def _session_options(ort: Any, target: Target, intra_op_threads: int, low_memory: bool) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = intra_op_threads
+    options.inter_op_num_threads = 1
+    # Spinning pools of several sessions, or next to other work, slow each other.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if low_memory:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if target == "migraphx":
+        # Folded constants would be inlined into the graph handed to MIGraphX, which caps it at 2 GiB.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def _provider_options(target: Target) -> list[tuple[str, dict[str, str]]]:
+    return [(EXECUTION_PROVIDERS[target], {})]

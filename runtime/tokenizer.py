@@ -1,0 +1,112 @@
+"""Text to token ids, torch-free: the `tokenizers` library plus the contract's truncation.
+
+Token ids equal those of the Hugging Face tokenizer on the contract's string (with `split_special_tokens=True`: a literal
+`</s>` in a user's text stays text and never becomes a control token).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from samescore.runtime.contract import TextContract, join_around_middle, render
+from samescore.runtime.errors import BundleError, InputError
+
+# Characters looked at first per token that is kept; more are read when a stretch of text yields fewer tokens.
+CHARACTERS_PER_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids int64 [sequence] of one text, and whether something was cut to fit."""
+
+    input_ids: npt.NDArray[np.int64]
+    truncated: bool
+
+
+class TextEncoder:
+    """A tokenizer that applies one text contract. Safe to call from several threads."""
+
+    def __init__(self, tokenizer_json: bytes, contract: TextContract):
+        try:
+            self.tokenizer = Tokenizer.from_buffer(tokenizer_json)
+        except Exception as error:  # the library raises bare Exception
+            raise BundleError(f"tokenizer.json cannot be read by the tokenizers library: {error}") from error
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.tokenizer.encode_special_tokens = True
+        self.contract = contract
+        self.special_tokens = self.tokenizer.num_special_tokens_to_add(False)
+        if contract.max_tokens <= self.special_tokens + 8:
+            raise BundleError(f"the contract's limit of {contract.max_tokens} tokens leaves no room for text")
+
+    def encode(self, item: Any, *, allow_role_tokens: bool = False) -> Encoded:
+        """Token ids of a text or a conversation; InputError when it is empty or of the wrong shape."""
+        text = render(item, self.contract, allow_role_tokens=allow_role_tokens)
+        limit = self.contract.max_tokens
+        window = limit * CHARACTERS_PER_TOKEN
+        if len(text) <= 2 * window or self._head(text, limit) == len(text):
+            ids = self._ids(text)
+            if len(ids) <= limit:
+                return self._encoded(ids, truncated=False)
+        fit = self._fit_middle if self.contract.truncation == "middle" else self._fit_right
+        return self._encoded(fit(text), truncated=True)
+
+    def _encoded(self, ids: list[int], *, truncated: bool) -> Encoded:
+        if len(ids) <= self.special_tokens:
+            raise InputError("the text is empty: the tokenizer finds no token in it")
+        return Encoded(np.asarray(ids, dtype=np.int64), truncated)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text).ids)
+
+    def _fit_right(self, text: str) -> list[int]:
+        """The first tokens, special tokens around them."""
+        keep = self.contract.max_tokens - self.special_tokens
+        window = self._head(text, keep + 1)
+        encoding = self.tokenizer.encode(text[:window], add_special_tokens=False)
+        encoding.truncate(keep)
+        return list(self.tokenizer.post_process(encoding).ids)
+
+    def _fit_middle(self, text: str) -> list[int]:
+        """Head, ellipsis, tail. Tokens at the joints can merge differently, so the budget shrinks until it fits."""
+        limit = self.contract.max_tokens
+        budget = limit - len(self._ids(self.contract.ellipsis))
+        while budget > 0:
+            tail = budget // 2
+            head_end = self._head(text, budget - tail)
+            tail_start = max(head_end, self._tail(text, tail))
+            ids = self._ids(join_around_middle(text, head_end, tail_start, self.contract))
+            if len(ids) <= limit:
+                return ids
+            budget -= len(ids) - limit
+        raise InputError(f"the text cannot be cut to {limit} tokens")
+
+    def _head(self, text: str, count: int) -> int:
+        """Where the first `count` tokens of `text` end (in characters), reading no more of it than that takes."""
+        window = count * CHARACTERS_PER_TOKEN
+        while True:
+            offsets = self.tokenizer.encode(text[:window], add_special_tokens=False).offsets
+            if len(offsets) > count:
+                return int(offsets[count - 1][1])
+            if window >= len(text):
+                return len(text)
+            window *= 4
+
+    def _tail(self, text: str, count: int) -> int:
+        """Where the last `count` tokens of `text` begin (in characters)."""
+        if count <= 0:
+            return len(text)
+        window = count * CHARACTERS_PER_TOKEN
+        while True:
+            start = max(0, len(text) - window)
+            offsets = self.tokenizer.encode(text[start:], add_special_tokens=False).offsets
+            if len(offsets) > count:
+                return start + int(offsets[-count][0])
+            if start == 0:
+                return 0
+            window *= 4

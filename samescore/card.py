@@ -1,0 +1,78 @@
+"""The bundle's README.md: a model card a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from samescore.calibrate.certificate import TABLE_LEGEND, Certificate, parity_table
+from samescore.export.profiles import Profile
+from samescore.runtime.manifest import FileEntry, Manifest
+
+
+def model_card(
+    manifest: Manifest, certificate: Certificate, files: Mapping[str, FileEntry], facts: Profile | None
+) -> str:
+    """Markdown: what the bundle is, where it comes from, how exact it is, and how to use it."""
+    source = manifest.source
+    revision = f" at commit `{source.revision}`" if source.revision else ""
+    reference, contract = certificate.reference, manifest.contract
+    environment = certificate.environment
+    variants = "\n".join(
+        f"| `{v.name}` | {v.target} | {v.precision} | {_megabytes(files, v.name)} | {v.recipe['linear']} linear layers, "
+        f"{v.recipe['embedding']} embedding; smoothing {v.recipe['smoothing']}; {v.recipe['graph']} |"
+        for v in manifest.variants
+    )
+    cut = (
+        f"the middle of a longer text is replaced by `{contract.ellipsis}`"
+        if contract.truncation == "middle"
+        else "a longer text is cut at the end"
+    )
+    reads = (
+        "a conversation: `<|user|>…<|assistant|>…`, or a list of `{role, content}`"
+        if contract.kind == "conversation"
+        else "a text"
+    )
+    verdict = "passed" if all(p.verdict.passed for p in certificate.variants.values()) else "FAILED"
+    licence = facts.licence if facts else "see the source"
+    return f"""# {manifest.profile or source.name}, a samescore bundle
+
+{manifest.architecture}, exported by samescore {manifest.samescore_version} from {source.kind} `{source.name}`{revision}
+(checkpoint digest `{source.sha256}`).
+
+It reads {reads}; {contract.max_tokens} tokens, {cut}. It says: {", ".join(manifest.labels)} ({manifest.activation}).
+
+| variant | for | precision | size | recipe |
+|---|---|---|---|---|
+{variants}
+
+## How exact
+
+Every variant was held against PyTorch {reference.torch} (transformers {reference.transformers}, {reference.dtype}) on the
+same token ids of the {next(iter(certificate.variants.values())).drift.texts} texts in `golden.jsonl`. The gate {verdict}.
+
+```
+{parity_table(certificate.variants)}
+```
+
+{TABLE_LEGEND} Every number, interval and flip is in `parity.json`. Measured with ONNX Runtime
+{environment["onnxruntime"]} on {environment["cpu"]} (CPU provider), {environment["threads"]} threads. Check it on your own
+box, without PyTorch: `samescore verify BUNDLE`.
+
+## Use
+
+```python
+from samescore import load
+classifier = load("BUNDLE")
+print(classifier("<|user|>…<|assistant|>…"))
+```
+
+## Licence and limits
+
+Licence of the source: {licence}. Its own card, with its intended use and its limits, is in `SOURCE_CARD.md` where the source
+had one. Parity says that this bundle scores as the source does; it does not say that the source is right.
+"""
+
+
+def _megabytes(files: Mapping[str, FileEntry], variant: str) -> str:
+    size = sum(entry.size for name, entry in files.items() if name.startswith(f"{variant}/"))
+    return f"{size / 1e6:.1f} MB"

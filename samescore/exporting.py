@@ -1,0 +1,257 @@
+"""`samescore export`: build, certify, publish.
+
+source → checkpoint ─┬→ golden texts → token ids → reference logits ─────────────┐
+                     ├→ calibration texts → activation ranges ─┐                 │
+                     └→ graph + recipe ────────────────────────┴→ variant → measured → gate → bundle
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from samescore._progress import silent, step
+from samescore.calibrate.activations import collect_ranges, read_model
+from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
+from samescore.calibrate.certify import certify
+from samescore.calibrate.golden import (
+    GoldenSet,
+    encode_golden,
+    read_golden,
+    text_digests,
+    write_golden,
+)
+from samescore.calibrate.reference import add_reference
+from samescore.card import model_card
+from samescore.export.build import architecture_of, build_variant
+from samescore.export.checkpoint import Checkpoint
+from samescore.export.profiles import Profile, contract_for, find_profile, profile_named
+from samescore.export.publish import check_target, file_entries, publish, staging_folder
+from samescore.export.recipes import VariantSpec, variant_spec
+from samescore.runtime.errors import CheckpointError, GateError, UsageError
+from samescore.runtime.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    FileEntry,
+    Manifest,
+    Source,
+    Variant,
+)
+from samescore.runtime.session import Session
+from samescore.runtime.threads import available_threads
+from samescore.runtime.tokenizer import TextEncoder
+
+PACKAGE = Path(__file__).parent
+DEFAULT_TEXTS = "models/refusal-tiny"
+GOLDEN_NAME = "golden.jsonl"
+CALIBRATION_NAME = "calibration.jsonl"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Where the bundle lies, what it holds, and its evidence."""
+
+    path: Path
+    manifest: Manifest
+    certificate: Certificate
+
+
+def export(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    profile: str | None = None,
+    variants: Sequence[str] = (),
+    revision: str | None = None,
+    golden: str | os.PathLike[str] | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    allow_drift: bool = False,
+    progress: bool = False,
+) -> ExportResult:
+    """Turn a checkpoint into a bundle whose every variant passed its gate.
+
+    source: a profile's name, a checkpoint folder, or a hub id. output: the bundle folder (an older bundle there is
+    replaced). profile: whose text contract to apply. variants: names, the first one is its target's default
+    (`cpu-int8` if none; `cpu-fp32` for architectures without a hand-built graph). revision: branch, tag or commit of a
+    hub source. golden, calibration: JSONL files of texts; golden texts may hold reference logits, otherwise PyTorch
+    computes them. allow_drift: write the bundle even if a gate fails; its certificate says so.
+
+    Raises GateError (nothing is written), CheckpointError, UsageError, InputError or MissingDependencyError.
+    """
+    report = step if progress else silent
+    target = Path(output)
+    check_target(target)
+    opened, checkpoint, facts = open_source(source, profile=profile, revision=revision, progress=progress)
+    specs = _specs(checkpoint, variants)
+    contract = contract_for(checkpoint, facts)
+    tokenizer = compact_json(checkpoint.tokenizer_bytes())
+    encoder = TextEncoder(tokenizer, contract)
+    texts = _golden_texts(golden, facts, opened, encoder)
+    threads = available_threads()
+
+    ranges = None
+    with staging_folder(target) as staging:
+        if any(spec.recipe.smoothing is not None for spec in specs) and architecture_of(checkpoint):
+            ids = _calibration_ids(calibration, facts, encoder, texts)
+            with report(f"activation ranges of {len(ids)} calibration texts", len(ids)) as tick:
+                ranges = collect_ranges(checkpoint, ids, workspace=staging, progress=tick)
+        built: list[Variant] = []
+        for spec in specs:
+            with report(f"building {spec.name}"):
+                built.append(build_variant(checkpoint, spec, staging, ranges=ranges))
+        if texts.reference is None:
+            texts = add_reference(texts, checkpoint, report, yardstick=True)
+        parity: dict[str, VariantParity] = {}
+        for spec in specs:
+            with report(f"measuring {spec.name} on {len(texts.texts)} golden texts", len(texts.texts)) as tick:
+                model = read_model(staging / spec.name)
+                parity[spec.name] = certify(
+                    # Any box can measure a plain ONNX file on its CPU.
+                    lambda count, model=model: Session(model, "cpu", intra_op_threads=count),  # type: ignore[misc]
+                    texts,
+                    labels=checkpoint.labels,
+                    activation=checkpoint.activation,
+                    precision=spec.precision,
+                    threads=threads,
+                    progress=tick,
+                )
+        assert texts.reference is not None
+        certificate = Certificate(texts.reference, environment(threads), parity)
+        _gate(certificate, allow_drift)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            samescore_version=metadata.version("samescore"),
+            profile=facts.name if facts else None,
+            architecture=checkpoint.architecture,
+            source=opened,
+            contract=contract,
+            labels=checkpoint.labels,
+            activation=checkpoint.activation,
+            variants=tuple(built),
+        )
+        manifest = _write(staging, manifest, checkpoint, tokenizer, texts, certificate, facts)
+        with report("writing"):
+            publish(staging, target)
+    return ExportResult(target, manifest, certificate)
+
+
+def open_source(
+    source: str | os.PathLike[str], *, profile: str | None, revision: str | None, progress: bool
+) -> tuple[Source, Checkpoint, Profile | None]:
+    """Find the checkpoint that `source` means, fetch it if it is on the hub, and the profile whose facts apply."""
+    name = os.fspath(source)
+    facts = profile_named(profile) if profile else None
+    named = find_profile(name)
+    if named is not None:
+        named = profile_named(name)
+        facts = facts or named
+        name = named.source
+        if named.kind == "embedded":
+            _no_revision(revision, "a model that ships with samescore")
+            checkpoint = Checkpoint(PACKAGE / "models" / name)
+            return Source("embedded", name, None, checkpoint.sha256()), checkpoint, facts
+    elif Path(name).is_dir():
+        _no_revision(revision, "a folder")
+        checkpoint = Checkpoint(name)
+        return Source("folder", Path(name).resolve().name, None, checkpoint.sha256()), checkpoint, facts
+    from samescore.export.hub import fetch, is_hub_id
+
+    if not is_hub_id(name):
+        raise UsageError(
+            f"{name!r} is neither a profile (samescore profiles lists them), nor a folder, nor a hub id (owner/name)"
+        )
+    snapshot = fetch(name, revision, progress=progress)
+    checkpoint = Checkpoint(snapshot.folder)
+    return Source("hub", name, snapshot.revision, checkpoint.sha256()), checkpoint, facts
+
+
+def compact_json(raw: bytes) -> bytes:
+    """The same JSON document without white space: a multilingual tokenizer.json halves."""
+    try:
+        document = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"tokenizer.json is not JSON: {error}") from error
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _no_revision(revision: str | None, what: str) -> None:
+    if revision is not None:
+        raise UsageError(f"--revision {revision} names a hub commit, but the source is {what}")
+
+
+def _specs(checkpoint: Checkpoint, names: Sequence[str]) -> list[VariantSpec]:
+    default = "cpu-int8" if architecture_of(checkpoint) else "cpu-fp32"
+    specs = [variant_spec(name) for name in names or (default,)]
+    if len({spec.name for spec in specs}) != len(specs):
+        raise UsageError(f"a variant is named twice: {', '.join(names)}")
+    return specs
+
+
+def _golden_texts(
+    path: str | os.PathLike[str] | None, facts: Profile | None, source: Source, encoder: TextEncoder
+) -> GoldenSet:
+    """The golden set, tokenized. Stored logits count only for the checkpoint they were made from."""
+    golden = read_golden(Path(path) if path else PACKAGE / _texts_of(facts) / GOLDEN_NAME)
+    if golden.reference is not None and golden.reference.checkpoint_sha256 != source.sha256:
+        if path is not None:
+            raise UsageError(
+                f"the reference logits in {os.fspath(path)} were made from another checkpoint "
+                f"(digest {golden.reference.checkpoint_sha256[:12]}…, this one is {source.sha256[:12]}…). "
+                "Remove its first line to let PyTorch compute them again"
+            )
+        golden = golden.without_reference()
+    return encode_golden(golden, encoder)
+
+
+def _texts_of(facts: Profile | None) -> str:
+    return facts.texts if facts and facts.texts else DEFAULT_TEXTS
+
+
+def _calibration_ids(
+    path: str | os.PathLike[str] | None, facts: Profile | None, encoder: TextEncoder, golden: GoldenSet
+) -> list[Any]:
+    """Token ids of the calibration texts; UsageError when one of them is a golden text."""
+    name = Path(path) if path else PACKAGE / _texts_of(facts) / CALIBRATION_NAME
+    texts = encode_golden(read_golden(name).without_reference(), encoder)
+    shared = text_digests(texts, encoder.contract) & text_digests(golden, encoder.contract)
+    if shared:
+        raise UsageError(
+            f"{len(shared)} calibration texts are golden texts too: a recipe must not be fitted on the texts that judge "
+            "it. Name other ones with --calibration"
+        )
+    return texts.input_ids()
+
+
+def _gate(certificate: Certificate, allow_drift: bool) -> None:
+    failed = {name: parity for name, parity in certificate.variants.items() if not parity.verdict.passed}
+    if failed and not allow_drift:
+        said = "; ".join(f"{name}: {', '.join(parity.verdict.failures)}" for name, parity in failed.items())
+        raise GateError(f"{said}. Nothing was written; --allow-drift keeps it and marks its certificate as failed")
+
+
+def _write(
+    staging: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    tokenizer: bytes,
+    texts: GoldenSet,
+    certificate: Certificate,
+    facts: Profile | None,
+) -> Manifest:
+    """All files but the variants', then the manifest that lists them."""
+    (staging / "tokenizer.json").write_bytes(tokenizer)
+    (staging / GOLDEN_NAME).write_bytes(write_golden(texts))
+    (staging / CERTIFICATE_NAME).write_bytes(certificate.to_json())
+    source_card = checkpoint.folder / "README.md"
+    if source_card.is_file():
+        (staging / "SOURCE_CARD.md").write_bytes(source_card.read_bytes())
+    sizes: dict[str, FileEntry] = file_entries(staging)
+    (staging / "README.md").write_text(model_card(manifest, certificate, sizes, facts), encoding="utf-8")
+    manifest = replace(manifest, files=file_entries(staging))
+    (staging / MANIFEST_NAME).write_bytes(manifest.to_json())
+    return manifest

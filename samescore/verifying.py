@@ -1,0 +1,122 @@
+"""`samescore verify`: re-check a bundle on this box, against its own golden set or against PyTorch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from samescore._progress import silent, step
+from samescore.calibrate.certificate import Certificate, VariantParity, environment
+from samescore.calibrate.certify import certify
+from samescore.calibrate.golden import GoldenSet, encode_golden, read_golden
+from samescore.calibrate.reference import Reporter, add_reference
+from samescore.export.checkpoint import Checkpoint
+from samescore.runtime.bundle import Bundle
+from samescore.runtime.errors import BundleError, UsageError
+from samescore.runtime.manifest import Manifest, Target, Variant
+from samescore.runtime.providers import choose
+from samescore.runtime.session import Session
+from samescore.runtime.threads import available_threads
+from samescore.runtime.tokenizer import TextEncoder
+
+GOLDEN_NAME = "golden.jsonl"
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What was checked, and the numbers on this box. `note` says where they are not what the bundle was gated on."""
+
+    bytes_checked: int
+    certificate: Certificate
+    note: str | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every checked variant is inside its tolerance."""
+        return all(parity.verdict.passed for parity in self.certificate.variants.values())
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    reference: str | os.PathLike[str] | None = None,
+    texts: str | os.PathLike[str] | None = None,
+    variant: str | None = None,
+    provider: str = "auto",
+    progress: bool = False,
+) -> VerifyResult:
+    """Hash every file, tokenize the golden texts again, and hold each variant against the reference logits.
+
+    Without `reference` the logits stored in the bundle are used and no PyTorch is needed. reference: the checkpoint
+    folder, run through PyTorch again. texts: other texts (JSONL); they need `reference`, or logits of their own.
+    variant: only this one (default: every variant that this box can run). Raises BundleError for a damaged bundle; a
+    variant outside its tolerance is a result, not an error.
+    """
+    report = step if progress else silent
+    with Bundle(path) as bundle:
+        manifest = bundle.manifest
+        with report(f"hashing {len(manifest.files)} files"):
+            checked = bundle.verify_files()
+        encoder = TextEncoder(bundle.read("tokenizer.json"), manifest.contract)
+        golden = _texts(bundle, texts, has_reference=reference is not None)
+        golden = encode_golden(golden, encoder)
+        note = None
+        if reference is not None:
+            golden, note = _reference(golden, Path(reference), manifest, report)
+        threads = available_threads()
+        parity: dict[str, VariantParity] = {}
+        for chosen, target in _runnable(manifest, variant, provider):
+            model = bundle.model(chosen)
+            with report(f"measuring {chosen.name} on {len(golden.texts)} texts", len(golden.texts)) as tick:
+                parity[chosen.name] = certify(
+                    lambda count, model=model, target=target: Session(model, target, intra_op_threads=count),  # type: ignore[misc]
+                    golden,
+                    labels=manifest.labels,
+                    activation=manifest.activation,
+                    precision=chosen.precision,
+                    threads=threads,
+                    progress=tick,
+                )
+    assert golden.reference is not None
+    return VerifyResult(checked, Certificate(golden.reference, environment(threads), parity), note)
+
+
+def _texts(bundle: Bundle, texts: str | os.PathLike[str] | None, *, has_reference: bool) -> GoldenSet:
+    if texts is None:
+        golden = read_golden(bundle.read(GOLDEN_NAME), GOLDEN_NAME)
+    else:
+        golden = read_golden(Path(texts))
+    if has_reference:
+        return golden.without_reference()
+    if golden.reference is None:
+        raise UsageError(f"{texts} holds no reference logits: name the checkpoint too (--reference CKPT)")
+    if golden.reference.checkpoint_sha256 != bundle.manifest.source.sha256:
+        raise BundleError("the golden set's reference logits belong to another checkpoint than the bundle")
+    return golden
+
+
+def _reference(golden: GoldenSet, folder: Path, manifest: Manifest, report: Reporter) -> tuple[GoldenSet, str | None]:
+    """Fresh PyTorch logits, and a note when the checkpoint is not the one the bundle was made from."""
+    checkpoint = Checkpoint(folder)
+    if len(checkpoint.labels) != len(manifest.labels):
+        raise UsageError(
+            f"{folder} has labels {', '.join(checkpoint.labels)}; the bundle has {', '.join(manifest.labels)}"
+        )
+    golden = add_reference(golden, checkpoint, report)
+    assert golden.reference is not None
+    if golden.reference.checkpoint_sha256 == manifest.source.sha256:
+        return golden, None
+    return golden, f"{folder} is not the checkpoint that the bundle was made from (another digest)"
+
+
+def _runnable(manifest: Manifest, variant: str | None, provider: str) -> list[tuple[Variant, Target]]:
+    """The asked variant, or every one: on its own target where this build has it, plain ONNX on the CPU otherwise."""
+    if variant is not None or provider != "auto":
+        return [choose(manifest, provider=provider, variant=variant)]
+    from samescore.runtime.providers import available_targets
+
+    offered = available_targets()
+    return [
+        (v, v.target if v.target in offered else "cpu") for v in manifest.variants if v.target in (*offered, "migraphx")
+    ]

@@ -1,0 +1,124 @@
+"""Tiny checkpoints of each architecture, with a real (trained) Unigram tokenizer; bundles made from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WORDS = """the model refuses to answer because it cannot help with that request and says sorry politely
+here is a clear recipe for bread with flour water salt and yeast mix it well then bake it hot
+je ne peux pas vous aider avec cette demande mais voici une autre idée bonne journée merci
+ich kann dabei leider nicht helfen aber hier ist ein Vorschlag für morgen früh danke sehr
+我不能帮助你完成这个请求 但是 这里有一个建议 谢谢 你好 世界
+лучше всего испечь хлеб завтра утром спасибо извините я не могу помочь
+system user assistant numbers 0 1 2 3 4 5 6 7 8 9 < | > . , ! ? ' "
+"""
+
+
+def pytest_report_header() -> list[str]:
+    from importlib import metadata
+
+    names = ("numpy", "onnxruntime", "tokenizers", "onnx-ir", "torch", "transformers")
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{name} absent")
+    return ["samescore with " + ", ".join(found)]
+
+
+def train_tokenizer(folder: Path, **config: object) -> int:
+    """Write an XLM-R style tokenizer (`<s> <pad> </s> <unk> <mask>`, Unigram) into `folder`; its vocabulary size."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
+    )
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(WORDS.splitlines() * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "cls_token": "<s>",
+             "sep_token": "</s>", "mask_token": "<mask>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **names, **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return int(tokenizer.get_vocab_size())
+
+
+def tiny_bert(folder: Path, **overrides: object) -> Path:
+    """A random `BertForSequenceClassification` of 3 layers whose logits vary with the text."""
+    torch = pytest.importorskip("torch")
+    from transformers import BertConfig, BertForSequenceClassification
+
+    vocabulary = train_tokenizer(folder)
+    settings: dict[str, object] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "pad_token_id": 1,
+        "id2label": {0: "Non-refusal", 1: "Refusal"},
+        "label2id": {"Non-refusal": 0, "Refusal": 1},
+        **overrides,
+    }
+    torch.manual_seed(7)
+    model = BertForSequenceClassification(BertConfig(**settings)).eval()
+    for name, parameter in model.named_parameters():
+        if "LayerNorm.weight" not in name:
+            parameter.data.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT classifier with two labels."""
+    return tiny_bert(tmp_path_factory.mktemp("bert") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def texts_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Golden and calibration texts (JSONL) of many lengths, disjoint."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = WORDS.split()
+    golden = [" ".join(words[i : i + 1 + i % 50]) for i in range(40)]
+    golden += [f"<|user|>{words[i]} bread?<|assistant|>{' '.join(words[i : i + i % 9 + 1])}" for i in range(20)]
+    calibration = [" ".join(reversed(words[i : i + 3 + i % 30])) + " calibration" for i in range(12)]
+    for name, texts in (("golden", golden), ("calibration", calibration)):
+        lines = (json.dumps({"text": text, "label": "Refusal"}, ensure_ascii=False) for text in texts)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "golden.jsonl", folder / "calibration.jsonl"
+
+
+@pytest.fixture(scope="session")
+def bert_bundle(
+    bert_checkpoint: Path, texts_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A bundle of the tiny BERT with all its variants, in the conversation contract. Do not change it: copy it."""
+    from samescore import export
+
+    output = tmp_path_factory.mktemp("bundle") / "bert"
+    golden, calibration = texts_files
+    export(
+        bert_checkpoint,
+        output,
+        profile="refusal",
+        variants=["cpu-int8", "cpu-fp32", "migraphx-fp16"],
+        golden=golden,
+        calibration=calibration,
+    )
+    return output
