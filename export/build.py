@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from samescore.export.checkpoint import Checkpoint
+from samescore.export.quantize import ChannelStatistics
 from samescore.export.recipes import Recipe, VariantSpec
 from samescore.runtime.errors import CheckpointError, MissingDependencyError, UsageError
 from samescore.runtime.manifest import Variant
 
-Ranges = Mapping[str, npt.NDArray[np.float32]]
+Statistics = Mapping[str, ChannelStatistics]
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
@@ -43,7 +41,7 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture | None:
 
 
 def build_graph(
-    checkpoint: Checkpoint, recipe: Recipe, folder: Path, *, ranges: Ranges | None = None, taps: bool = False
+    checkpoint: Checkpoint, recipe: Recipe, folder: Path, *, statistics: Statistics | None = None, taps: bool = False
 ) -> Any:
     """Write `model.onnx` and its data file into `folder`; the onnx_ir model."""
     architecture = architecture_of(checkpoint)
@@ -55,7 +53,7 @@ def build_graph(
 
     weights = WeightFile(folder / DATA_NAME)
     try:
-        model = architecture.build(checkpoint, weights, recipe, ranges=ranges, taps=taps)
+        model = architecture.build(checkpoint, weights, recipe, statistics=statistics, taps=taps)
     finally:
         weights.close()
     ir.save(model, folder / MODEL_NAME)
@@ -63,24 +61,28 @@ def build_graph(
     return model
 
 
-def build_variant(checkpoint: Checkpoint, spec: VariantSpec, bundle: Path, *, ranges: Ranges | None = None) -> Variant:
+def build_variant(
+    checkpoint: Checkpoint, spec: VariantSpec, bundle: Path, *, statistics: Statistics | None = None
+) -> Variant:
     """Build a variant into `bundle/<name>/`; what the manifest says of it.
 
-    ranges: activation ranges for recipes that smooth (see `samescore.calibrate`). Nothing is left behind on failure.
+    statistics: of activations, for recipes that smooth (see `samescore.calibrate`). Nothing is left behind on failure.
     """
     folder = bundle / spec.name
     folder.mkdir(parents=True)
     try:
         if architecture_of(checkpoint) is None:
             return _build_generic(checkpoint, spec, folder)
-        model = build_graph(checkpoint, spec.recipe, folder, ranges=ranges)
+        model = build_graph(checkpoint, spec.recipe, folder, statistics=statistics)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     recipe = {
         "linear": spec.recipe.linear,
         "embedding": spec.recipe.embedding,
-        "smoothing": "none" if ranges is None or spec.recipe.smoothing is None else f"alpha {spec.recipe.smoothing}",
+        "smoothing": "none"
+        if statistics is None or spec.recipe.smoothing is None
+        else f"alpha {spec.recipe.smoothing}",
         "graph": "fused operators, no padding" if spec.recipe.contrib else "plain ONNX, attention mask",
     }
     return _variant(spec, tuple(value.name for value in model.graph.inputs), spec.recipe.opset, recipe, (DATA_NAME,))

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 Int8Array = npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """What a linear layer's input channels did on calibration texts; each float32 [K], over tokens."""
+
+    low: FloatArray
+    high: FloatArray
+    mean: FloatArray
+
+    @property
+    def spread(self) -> FloatArray:
+        """The largest distance from the mean."""
+        return np.maximum(self.high - self.mean, self.mean - self.low)
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """A linear layer's input as `(x - shift) / scale`, each [K]; the layer's weight and bias undo it."""
+
+    shift: FloatArray
+    scale: FloatArray
+
 
 INT8_MAX = np.float32(127)
 

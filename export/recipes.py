@@ -8,8 +8,8 @@ from typing import Literal
 from samescore.runtime.errors import UsageError, did_you_mean
 from samescore.runtime.manifest import Precision, Target
 
-# Graph outputs under this name hold the largest magnitude per input channel of a linear layer.
-RANGE_PREFIX = "range/"
+# Statistics of a linear layer's input channels that a tapped graph also outputs, and the operators that make them.
+TAPS = {"low": "ReduceMin", "high": "ReduceMax", "mean": "ReduceMean"}
 
 NumberFormat = Literal["float32", "float16", "int8-row"]
 
@@ -21,7 +21,7 @@ class Recipe:
     linear: format of the weight matrices; `int8-row` is int8 weights per output channel times uint8 activations with one
       dynamic scale per token. embedding: format of the word embedding table; `int8-row` has one scale per row.
     contrib: fused com.microsoft operators and no attention mask (texts run unpadded), or plain ONNX with a mask.
-    smoothing: SmoothQuant's alpha for int8 activations; None leaves them as they are.
+    smoothing: SmoothQuant's alpha for int8 activations, which are also centred; None leaves them as they are.
     """
 
     linear: NumberFormat
@@ -78,3 +78,8 @@ def variant_spec(name: str) -> VariantSpec:
             return spec
     known = [spec.name for spec in VARIANTS] + list(ALIASES)
     raise UsageError(f"unknown variant {name!r}; variants are {', '.join(known)}.{did_you_mean(name, known)}")
+
+
+def tap_name(site: str, statistic: str) -> str:
+    """The name of the graph output that holds one statistic of a linear layer's input."""
+    return f"{statistic}/{site}"

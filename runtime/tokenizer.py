@@ -1,7 +1,8 @@
 """Text to token ids, torch-free: the `tokenizers` library plus the contract's truncation.
 
-Token ids equal those of the Hugging Face tokenizer on the contract's string (with `split_special_tokens=True`: a literal
-`</s>` in a user's text stays text and never becomes a control token).
+Token ids equal those of the Hugging Face tokenizer on the contract's string. The one difference is on purpose: where a text
+would yield a control token (a literal `</s>`, or a full-width one that normalises to it), the text is broken by a space
+there (`< /s>`), so that what a user writes never becomes a control token.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class TextEncoder:
         self.tokenizer.encode_special_tokens = True
         self.contract = contract
         self.special_tokens = self.tokenizer.num_special_tokens_to_add(False)
+        unknown = self.tokenizer.token_to_id("<unk>"), self.tokenizer.token_to_id("[UNK]")
+        special = (number for number, token in self.tokenizer.get_added_tokens_decoder().items() if token.special)
+        self._control = frozenset(special) - frozenset(unknown)
         if contract.max_tokens <= self.special_tokens + 8:
             raise BundleError(f"the contract's limit of {contract.max_tokens} tokens leaves no room for text")
 
@@ -62,13 +66,27 @@ class TextEncoder:
         return Encoded(np.asarray(ids, dtype=np.int64), truncated)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text).ids)
+        return list(self.tokenizer.post_process(self._plain(text)).ids)
+
+    def _plain(self, text: str) -> Any:
+        """The encoding without special tokens; what would yield a control token is broken until nothing does."""
+        while True:
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            spans = [
+                span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token in self._control
+            ]
+            if not spans:
+                return encoding
+            for start, end in reversed(spans):
+                if end - start < 2:
+                    raise InputError(f"character {start} of the text is a control token: {text[start:end]!r}")
+                text = f"{text[: start + 1]} {text[start + 1 :]}"
 
     def _fit_right(self, text: str) -> list[int]:
         """The first tokens, special tokens around them."""
         keep = self.contract.max_tokens - self.special_tokens
         window = self._head(text, keep + 1)
-        encoding = self.tokenizer.encode(text[:window], add_special_tokens=False)
+        encoding = self._plain(text[:window])
         encoding.truncate(keep)
         return list(self.tokenizer.post_process(encoding).ids)
 

@@ -12,12 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from samescore.exporting import ExportResult, export
+    from samescore.exporting import ExportResult, export_bundle
     from samescore.runtime import Classifier, Prediction, SamescoreError, load
     from samescore.verifying import VerifyResult, verify
 
 __version__ = "0.1.0"
 
+# `samescore.export` is the room that makes bundles, so the function that runs it is `export_bundle`.
 # Name → module: imported on first use, so that scoring never loads what only export needs.
 _HOMES = {
     "Classifier": "samescore.runtime",
@@ -25,7 +26,7 @@ _HOMES = {
     "Prediction": "samescore.runtime",
     "SamescoreError": "samescore.runtime",
     "VerifyResult": "samescore.verifying",
-    "export": "samescore.exporting",
+    "export_bundle": "samescore.exporting",
     "load": "samescore.runtime",
     "verify": "samescore.verifying",
 }
@@ -37,7 +38,7 @@ __all__ = [
     "SamescoreError",
     "VerifyResult",
     "__version__",
-    "export",
+    "export_bundle",
     "load",
     "verify",
 ]

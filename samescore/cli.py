@@ -153,9 +153,9 @@ def _profiles(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from samescore.calibrate.certificate import parity_table
-    from samescore.exporting import export
+    from samescore.exporting import export_bundle
 
-    result = export(
+    result = export_bundle(
         arguments.source,
         arguments.output,
         profile=arguments.profile,

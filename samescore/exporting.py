@@ -1,7 +1,7 @@
 """`samescore export`: build, certify, publish.
 
 source → checkpoint ─┬→ golden texts → token ids → reference logits ─────────────┐
-                     ├→ calibration texts → activation ranges ─┐                 │
+                     ├→ calibration texts → activation statistics ─┐                 │
                      └→ graph + recipe ────────────────────────┴→ variant → measured → gate → bundle
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from samescore._progress import silent, step
-from samescore.calibrate.activations import collect_ranges, read_model
+from samescore.calibrate.activations import collect_statistics, read_model
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import certify
 from samescore.calibrate.golden import (
@@ -61,7 +61,7 @@ class ExportResult:
     certificate: Certificate
 
 
-def export(
+def export_bundle(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
@@ -94,16 +94,16 @@ def export(
     texts = _golden_texts(golden, facts, opened, encoder)
     threads = available_threads()
 
-    ranges = None
+    statistics = None
     with staging_folder(target) as staging:
         if any(spec.recipe.smoothing is not None for spec in specs) and architecture_of(checkpoint):
             ids = _calibration_ids(calibration, facts, encoder, texts)
-            with report(f"activation ranges of {len(ids)} calibration texts", len(ids)) as tick:
-                ranges = collect_ranges(checkpoint, ids, workspace=staging, progress=tick)
+            with report(f"activation statistics of {len(ids)} calibration texts", len(ids)) as tick:
+                statistics = collect_statistics(checkpoint, ids, workspace=staging, progress=tick)
         built: list[Variant] = []
         for spec in specs:
             with report(f"building {spec.name}"):
-                built.append(build_variant(checkpoint, spec, staging, ranges=ranges))
+                built.append(build_variant(checkpoint, spec, staging, statistics=statistics))
         if texts.reference is None:
             texts = add_reference(texts, checkpoint, report, yardstick=True)
         parity: dict[str, VariantParity] = {}

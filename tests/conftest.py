@@ -109,11 +109,11 @@ def bert_bundle(
     bert_checkpoint: Path, texts_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A bundle of the tiny BERT with all its variants, in the conversation contract. Do not change it: copy it."""
-    from samescore import export
+    from samescore import export_bundle
 
     output = tmp_path_factory.mktemp("bundle") / "bert"
     golden, calibration = texts_files
-    export(
+    export_bundle(
         bert_checkpoint,
         output,
         profile="refusal",

@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.graphs.blocks import GraphBuilder, Linears, embedding, layer_norm, make_linears
+from samescore.export.quantize import ChannelStatistics, Rescaling
 from samescore.export.recipes import Recipe
 from samescore.export.weights import WeightFile
 from samescore.runtime.errors import CheckpointError
@@ -76,18 +77,18 @@ def build(
     weights: WeightFile,
     recipe: Recipe,
     *,
-    ranges: Mapping[str, FloatArray] | None = None,
+    statistics: Mapping[str, ChannelStatistics] | None = None,
     taps: bool = False,
 ) -> ir.Model:
     """The classifier's graph in one recipe.
 
     Inputs: `input_ids` int64 [batch, sequence]; plain recipes add `attention_mask` int64 of the same shape (right
     padding), fused ones expect texts of equal length without padding. Output: `logits` float32 [batch, labels].
-    ranges: by linear layer, the largest magnitude of each input channel on calibration texts (int8 smoothing).
-    taps: also output these magnitudes, as `range/<site>`.
+    statistics: by linear layer, of its input channels on calibration texts (int8 recipes).
+    taps: also output these statistics, under `tap_name`.
     """
     g = GraphBuilder(weights, recipe)
-    bert = _Bert(g, checkpoint, BertConfig.read(checkpoint), make_linears(g, ranges=ranges, taps=taps))
+    bert = _Bert(g, checkpoint, BertConfig.read(checkpoint), make_linears(g, statistics=statistics, taps=taps))
     bert.build()
     return g.model(checkpoint.architecture)
 
@@ -127,9 +128,9 @@ class _Bert:
         """One encoder layer on rows [rows, hidden]; in the last one, first-token rows [batch, hidden] come out."""
         g, attention = self.g, f"{prefix}.attention"
         out_weight = self._matrix(f"{attention}.output.dense.weight")
-        smoothed = self.linears.smoothing(f"{attention}.output.dense", out_weight)
-        context, x = self._attention(x, f"{attention}.self", smoothed, last=last)
-        y = self._linear(context, f"{attention}.output.dense", out_weight, smoothed=smoothed)
+        rescaled = self.linears.rescaling(f"{attention}.output.dense", out_weight)
+        context, x = self._attention(x, f"{attention}.self", rescaled, last=last)
+        y = self._linear(context, f"{attention}.output.dense", out_weight, rescaled=rescaled)
         x = self._norm(g.op("Add", y, x), f"{attention}.output.LayerNorm")
         inner = self._linear(x, f"{prefix}.intermediate.dense")
         inner = self._gelu(inner)
@@ -137,18 +138,18 @@ class _Bert:
         return self._norm(g.op("Add", y, x), f"{prefix}.output.LayerNorm")
 
     def _attention(
-        self, x: ir.Value, prefix: str, smoothed: FloatArray | None, *, last: bool
+        self, x: ir.Value, prefix: str, rescaled: Rescaling | None, *, last: bool
     ) -> tuple[ir.Value, ir.Value]:
         """Context rows and the residual rows they belong to.
 
-        The smoothing scales of the output projection are divided out of the value projection: attention only mixes
-        value rows, so the division passes through it.
+        What rescales the output projection's input is applied to the value projection: attention takes weighted means
+        of value rows, so a shift and a scale per channel pass through it.
         """
         weights = {part: self._matrix(f"{prefix}.{part}.weight") for part in ("query", "key", "value")}
         biases = {part: self._tensor(f"{prefix}.{part}.bias") for part in ("query", "key", "value")}
-        if smoothed is not None:
-            weights["value"] = weights["value"] / smoothed
-            biases["value"] = biases["value"] / smoothed
+        if rescaled is not None:
+            weights["value"] = weights["value"] / rescaled.scale
+            biases["value"] = (biases["value"] - rescaled.shift) / rescaled.scale
 
         def project(rows: ir.Value, *parts: str) -> list[ir.Value]:
             weight = np.concatenate([weights[part] for part in parts], axis=1)
@@ -232,10 +233,10 @@ class _Bert:
         weight: FloatArray | None = None,
         *,
         after_gelu: bool = False,
-        smoothed: FloatArray | None = None,
+        rescaled: Rescaling | None = None,
     ) -> ir.Value:
         matrix = self._matrix(f"{name}.weight") if weight is None else weight
-        return self.linears(x, name, matrix, self._tensor(f"{name}.bias"), after_gelu=after_gelu, smoothed=smoothed)
+        return self.linears(x, name, matrix, self._tensor(f"{name}.bias"), after_gelu=after_gelu, rescaled=rescaled)
 
     def _gemm(self, x: ir.Value, name: str) -> ir.Value:
         g = self.g

@@ -9,8 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from samescore.export.quantize import quantize_columns, quantize_rows, smoothing_scales
-from samescore.export.recipes import RANGE_PREFIX, Recipe
+from samescore.export.quantize import (
+    ChannelStatistics,
+    Rescaling,
+    quantize_columns,
+    quantize_rows,
+    smoothing_scales,
+)
+from samescore.export.recipes import TAPS, Recipe, tap_name
 from samescore.export.weights import WeightFile
 
 FloatArray = npt.NDArray[np.float32]
@@ -157,35 +163,35 @@ def layer_norm(g: GraphBuilder, x: ir.Value, name: str, weight: FloatArray, bias
 class Linears(Protocol):
     """How a graph multiplies by its weight matrices."""
 
-    def smoothing(self, site: str, weight: FloatArray) -> FloatArray | None:
-        """Scales [K] by which the producer of this site's input should divide its output channels, or None."""
+    def rescaling(self, site: str, weight: FloatArray) -> Rescaling | None:
+        """What the producer of this site's input may apply to its output channels in advance, or None."""
 
     def __call__(
         self,
         x: ir.Value,
         site: str,
         weight: FloatArray,
-        bias: FloatArray | None,
+        bias: FloatArray,
         *,
         after_gelu: bool = False,
-        smoothed: FloatArray | None = None,
+        rescaled: Rescaling | None = None,
     ) -> ir.Value:
         """`x [rows, K] @ weight [K, N] + bias [N]`.
 
-        site: the linear layer's name. after_gelu: x is a GELU's output, so x >= -0.17. smoothed: the scales by which x
-        was already divided.
+        site: the linear layer's name. after_gelu: x is a GELU's output, so x >= -0.17. rescaled: what was already
+        applied to x.
         """
 
 
 class FloatLinears:
-    """float32 or float16 MatMul. With `taps`, the graph also outputs each input's largest magnitude per channel."""
+    """float32 or float16 MatMul. With `taps`, the graph also outputs statistics of each input's channels."""
 
     def __init__(self, g: GraphBuilder, *, taps: bool = False):
         self.g = g
         self.taps = taps
 
-    def smoothing(self, site: str, weight: FloatArray) -> FloatArray | None:
-        """No smoothing: floats have no outlier problem."""
+    def rescaling(self, site: str, weight: FloatArray) -> Rescaling | None:
+        """None: floats have no outlier problem."""
         return None
 
     def __call__(
@@ -193,78 +199,91 @@ class FloatLinears:
         x: ir.Value,
         site: str,
         weight: FloatArray,
-        bias: FloatArray | None,
+        bias: FloatArray,
         *,
         after_gelu: bool = False,
-        smoothed: FloatArray | None = None,
+        rescaled: Rescaling | None = None,
     ) -> ir.Value:
         """See Linears."""
         g = self.g
         if self.taps:
-            peak = g.op("ReduceMax", g.op("Abs", x), g.ints(0), keepdims=0)
-            g.output(peak, RANGE_PREFIX + site, ir.DataType.FLOAT, [weight.shape[0]])
+            for statistic, operator in TAPS.items():
+                value = g.op(operator, x, g.ints(0), keepdims=0)
+                g.output(value, tap_name(site, statistic), ir.DataType.FLOAT, [weight.shape[0]])
         y = g.op("MatMul", x, g.float_weight(f"{site}.weight", weight))
-        return y if bias is None else g.op("Add", y, g.float_weight(f"{site}.bias", bias))
+        return g.op("Add", y, g.float_weight(f"{site}.bias", bias))
 
 
 class RowInt8Linears:
     """int8 weights per output channel, uint8 activations with one dynamic scale per row (token).
 
-    `ranges` gives, by site, the largest magnitude of each input channel on calibration texts; without it nothing is
-    smoothed. A row's scale depends on that row alone, so a score depends neither on padding nor on neighbours.
+    A row's scale depends on that row alone, so a score depends neither on padding nor on neighbours. `statistics` (by
+    site, from calibration texts) serve three corrections that leave the product as it is in exact arithmetic:
+
+    - shift: channels lose their mean before they are quantized; `weight^T mean` goes to the bias, unquantized.
+    - smoothing: outlier channels are divided by a scale that their weight rows are multiplied by.
+    - after a GELU neither can pass through, but the rounding of the weights moves the output's mean by a known
+      amount, which is taken off the bias.
     """
 
-    def __init__(self, g: GraphBuilder, ranges: Mapping[str, FloatArray] | None):
+    def __init__(self, g: GraphBuilder, statistics: Mapping[str, ChannelStatistics] | None):
         self.g = g
-        self.ranges = ranges
+        self.statistics = statistics
 
-    def smoothing(self, site: str, weight: FloatArray) -> FloatArray | None:
-        """SmoothQuant's scales for this site from the calibration ranges."""
+    def rescaling(self, site: str, weight: FloatArray) -> Rescaling | None:
+        """Shift and smoothing for this site, or None without calibration."""
         alpha = self.g.recipe.smoothing
-        if self.ranges is None or alpha is None:
+        if self.statistics is None or alpha is None:
             return None
-        return smoothing_scales(self.ranges[site], np.abs(weight).max(axis=1), alpha)
+        statistics = self.statistics[site]
+        scale = smoothing_scales(statistics.spread, np.abs(weight).max(axis=1), alpha)
+        return Rescaling(statistics.mean, scale)
 
     def __call__(
         self,
         x: ir.Value,
         site: str,
         weight: FloatArray,
-        bias: FloatArray | None,
+        bias: FloatArray,
         *,
         after_gelu: bool = False,
-        smoothed: FloatArray | None = None,
+        rescaled: Rescaling | None = None,
     ) -> ir.Value:
         """See Linears."""
         g = self.g
-        scales = smoothed
-        if scales is None and not after_gelu:
-            scales = self.smoothing(site, weight)
-            if scales is not None:
-                x = g.op("Mul", x, g.weight(f"{site}.smoothing", 1 / scales))
-        if scales is not None:
-            weight = weight * scales[:, None]
+        if not after_gelu:
+            rescaling = rescaled or self.rescaling(site, weight)
+            if rescaling is not None:
+                if rescaled is None:
+                    centred = g.op("Sub", x, g.weight(f"{site}.shift", rescaling.shift))
+                    x = g.op("Mul", centred, g.weight(f"{site}.smoothing", 1 / rescaling.scale))
+                bias = bias + rescaling.shift @ weight
+                weight = weight * rescaling.scale[:, None]
+        values, column_scale = quantize_columns(weight)
+        if after_gelu and self.statistics is not None:
+            bias = bias + self.statistics[site].mean @ (weight - values * column_scale)
+        y = self._multiply(x, site, values, column_scale, after_gelu=after_gelu)
+        return g.op("Add", y, g.weight(f"{site}.bias", bias))
+
+    def _multiply(
+        self, x: ir.Value, site: str, values: npt.NDArray[np.int8], column_scale: FloatArray, *, after_gelu: bool
+    ) -> ir.Value:
+        """Quantize the rows of x and multiply; float32 [rows, N]."""
+        g = self.g
         zero_point = GELU_ZERO_POINT if after_gelu else SIGNED_ZERO_POINT
         row_scale = self._row_scale(x, after_gelu=after_gelu)
-        zero = g.constant(zero_point, np.uint8)
         quantized = g.op(
-            "QuantizeLinear",
-            x,
-            g.op("Squeeze", row_scale, g.ints(1)),
-            self._zero_points(x, zero_point),
-            axis=0,
+            "QuantizeLinear", x, g.op("Squeeze", row_scale, g.ints(1)), self._zero_points(x, zero_point), axis=0
         )
-        values, column_scale = quantize_columns(weight)
         y = g.contrib(
             "MatMulIntegerToFloat",
             quantized,
             g.weight(f"{site}.weight", values),
             g.constant(1.0, np.float32),
             g.weight(f"{site}.weight.scale", column_scale),
-            zero,
+            g.constant(zero_point, np.uint8),
         )
-        y = g.op("Mul", y, row_scale)
-        return y if bias is None else g.op("Add", y, g.weight(f"{site}.bias", bias))
+        return g.op("Mul", y, row_scale)
 
     def _row_scale(self, x: ir.Value, *, after_gelu: bool) -> ir.Value:
         """One scale per row, float32 [rows, 1]."""
@@ -284,8 +303,10 @@ class RowInt8Linears:
         return g.op("Expand", g.constant([zero_point], np.uint8), rows)
 
 
-def make_linears(g: GraphBuilder, *, ranges: Mapping[str, FloatArray] | None = None, taps: bool = False) -> Linears:
+def make_linears(
+    g: GraphBuilder, *, statistics: Mapping[str, ChannelStatistics] | None = None, taps: bool = False
+) -> Linears:
     """The recipe's way to multiply."""
     if g.recipe.linear == "int8-row":
-        return RowInt8Linears(g, ranges)
+        return RowInt8Linears(g, statistics)
     return FloatLinears(g, taps=taps)

@@ -1,0 +1,124 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from samescore.runtime.contract import TextContract
+from samescore.runtime.errors import BundleError, UsageError
+from samescore.runtime.manifest import FileEntry, Manifest, Source, Variant, parse_manifest
+
+MANIFEST = Manifest(
+    schema_version=1,
+    samescore_version="0.1.0",
+    profile="refusal",
+    architecture="BertForSequenceClassification",
+    source=Source("hub", "owner/name", "a" * 40, "b" * 64),
+    contract=TextContract("conversation", 512, "middle", "<|...|>"),
+    labels=("Non-refusal", "Refusal"),
+    activation="softmax",
+    variants=(
+        Variant("cpu-int8", "cpu", "int8", "cpu-int8/model.onnx", ("cpu-int8/model.onnx.data",), ("input_ids",), 21, {}),
+    ),
+    files={
+        "cpu-int8/model.onnx": FileEntry(10, "c" * 64),
+        "cpu-int8/model.onnx.data": FileEntry(20, "d" * 64),
+        "tokenizer.json": FileEntry(5, "e" * 64),
+    },
+)
+
+
+def document():
+    return json.loads(MANIFEST.to_json())
+
+
+def parse(doc):
+    return parse_manifest(json.dumps(doc).encode())
+
+
+def test_round_trip():
+    assert parse_manifest(MANIFEST.to_json()) == MANIFEST
+
+
+def test_variant_by_name():
+    assert MANIFEST.variant("cpu-int8").precision == "int8"
+    with pytest.raises(UsageError, match=r"no variant 'cpu-int9'; it has: cpu-int8. Did you mean 'cpu-int8'"):
+        MANIFEST.variant("cpu-int9")
+
+
+def set_at(doc, path, value):
+    *outer, last = path
+    for key in outer:
+        doc = doc[key]
+    doc[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (["schema_version"], 2, "schema version 2; this samescore reads 1"),
+        (["schema_version"], True, "schema version True"),
+        (["labels"], "ab", "labels: expected a list, got str"),
+        (["labels"], ["a", "a"], "distinct"),
+        (["labels"], [], "at least one"),
+        (["activation"], "relu", "'relu' is none of 'softmax', 'sigmoid'"),
+        (["source", "kind"], "ftp", "source.kind"),
+        (["source", "revision"], 7, r"source\.revision: expected str, got int"),
+        (["contract", "max_tokens"], "512", r"contract\.max_tokens: expected int"),
+        (["contract", "max_tokens"], True, "expected int, got bool"),
+        (["variants", 0, "target"], "tpu", r"variants\[0\]\.target"),
+        (["variants"], [], "at least one"),
+        (["variants", 0, "model"], "elsewhere.onnx", "which `files` does not list"),
+        (["extra"], 1, "unknown key 'extra'"),
+        (["label"], 1, "unknown key 'label'. Did you mean 'labels'"),
+        (["files", "../evil"], {"size": 1, "sha256": "f" * 64}, "not a plain relative path"),
+        (["files", "/etc/passwd"], {"size": 1, "sha256": "f" * 64}, "not a plain relative path"),
+        (["files", "a\\b"], {"size": 1, "sha256": "f" * 64}, "not a plain relative path"),
+        (["files", ".hidden"], {"size": 1, "sha256": "f" * 64}, "not a plain relative path"),
+        (["files", "tokenizer.json", "sha256"], "xyz", "no valid size and SHA-256"),
+        (["files", "tokenizer.json", "size"], -1, "no valid size and SHA-256"),
+        (["files", "tokenizer.json"], None, "expected an object"),
+    ],
+)
+def test_what_is_wrong_is_named(path, value, said):
+    doc = document()
+    set_at(doc, path, value)
+    with pytest.raises(BundleError, match=said):
+        parse(doc)
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Manifest) if field.name != "schema_version"])
+def test_missing_keys_are_named(key):
+    doc = document()
+    del doc[key]
+    with pytest.raises(BundleError, match=f"missing '{key}'"):
+        parse(doc)
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
+def test_not_a_manifest(raw):
+    with pytest.raises(BundleError):
+        parse_manifest(raw)
+
+
+def test_the_size_is_limited():
+    with pytest.raises(BundleError, match="limit is 1000000"):
+        parse_manifest(b" " * 1_000_001)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from([field.name for field in dataclasses.fields(Manifest)]), json_values)
+def test_any_value_anywhere_parses_or_is_a_bundle_error(key, value):
+    doc = document()
+    doc[key] = value
+    try:
+        parse(doc)
+    except BundleError:
+        pass
