@@ -55,7 +55,7 @@ VARIANTS: tuple[VariantSpec, ...] = (
         "cpu-int8",
         "cpu",
         "int8",
-        Recipe("int8-row", "int8-row", contrib=True, opset=21, ir_version=10, smoothing=0.7),
+        Recipe("int8-row", "int8-row", contrib=True, opset=21, ir_version=10, smoothing=0.65),
         "CPU, int8 weights, one activation scale per token, outliers smoothed from calibration texts",
     ),
     VariantSpec(

