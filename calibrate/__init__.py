@@ -1,0 +1,1 @@
+"""Bundle against reference: golden sets, drift, gates, certificates, activation statistics."""

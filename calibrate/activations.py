@@ -46,7 +46,7 @@ def collect_statistics(
         site: ChannelStatistics(
             low=np.min(runs[tap_name(site, "low")], axis=0),
             high=np.max(runs[tap_name(site, "high")], axis=0),
-            mean=np.mean(runs[tap_name(site, "mean")], axis=0, dtype=np.float64).astype(np.float32),
+            mean=np.asarray(np.mean(runs[tap_name(site, "mean")], axis=0, dtype=np.float64), dtype=np.float32),
         )
         for site in sites
     }

@@ -62,7 +62,7 @@ def score_all(
     """Logits [texts, labels], each text alone."""
 
     def run(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        row = session.run(feeds_for(session.inputs, ids[None, :]))[0]
+        row: npt.NDArray[np.float32] = session.run(feeds_for(session.inputs, ids[None, :]))[0]
         if progress is not None:
             progress()
         return row

@@ -63,7 +63,7 @@ def measure(
 ) -> Drift:
     """Compare logits [texts, labels] of the variant with the reference's; differences are taken in float64."""
     p, q = probabilities_of(reference, activation), probabilities_of(variant, activation)
-    finite = np.isfinite(variant).all(axis=1)
+    finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(variant).all(axis=1))
     dp = np.where(finite, np.abs(p - q).max(axis=1), 1.0)
     flips = _flips(p, np.where(finite[:, None], q, 0.0), labels)
     low, high = wilson(len(dp) - len(flips), len(dp))

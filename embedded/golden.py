@@ -1,6 +1,7 @@
 """Reference numbers of the embedded model, made by PyTorch: `python embedded/golden.py`, after `embedded/train.py`.
 
-Writes `golden.jsonl` (texts, token ids, float32 logits) and `calibration.jsonl` beside the model, so that exporting it needs no PyTorch.
+Writes `golden.jsonl` (texts, token ids, float32 logits) and `calibration.jsonl` beside the model, so that exporting it
+needs no PyTorch.
 """
 
 from __future__ import annotations

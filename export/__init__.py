@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: safetensors, graphs, recipes, variants, and the folder that is published."""

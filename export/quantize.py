@@ -22,7 +22,8 @@ class ChannelStatistics:
     @property
     def spread(self) -> FloatArray:
         """The largest distance from the mean."""
-        return np.maximum(self.high - self.mean, self.mean - self.low)
+        result: FloatArray = np.maximum(self.high - self.mean, self.mean - self.low)
+        return result
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ class Classifier:
         session = self._session(max(1, self.threads // count))
 
         def run(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-            row = session.run(feeds_for(session.inputs, ids[None, :]))[0]
+            row: npt.NDArray[np.float32] = session.run(feeds_for(session.inputs, ids[None, :]))[0]
             if progress is not None:
                 progress()
             return row

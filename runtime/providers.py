@@ -41,7 +41,8 @@ def import_onnxruntime() -> ModuleType:
     except ImportError as error:
         detail = f" ({error})" if installed else ""
         raise MissingDependencyError(
-            f"ONNX Runtime is not installed{detail}. Choose one: pip install 'samescore[cpu]', 'samescore[cuda]' or 'samescore[migraphx]'"
+            f"ONNX Runtime is not installed{detail}. Choose one: pip install 'samescore[cpu]', 'samescore[cuda]' or "
+            "'samescore[migraphx]'"
         ) from error
 
 

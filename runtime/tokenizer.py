@@ -72,9 +72,7 @@ class TextEncoder:
         """The encoding without special tokens; what would yield a control token is broken until nothing does."""
         while True:
             encoding = self.tokenizer.encode(text, add_special_tokens=False)
-            spans = [
-                span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token in self._control
-            ]
+            spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token in self._control]
             if not spans:
                 return encoding
             for start, end in reversed(spans):

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from samescore import __version__
 from samescore._progress import step
@@ -56,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="samescore",
-        description="Export Hugging Face classifiers to ONNX once, run them anywhere without PyTorch, and prove that the score is the same.",
-        epilog="exit codes: 0 done, 1 a gate failed, 2 wrong use, 3 bad bundle, checkpoint or input, 4 a provider or package is missing, 130 interrupted",
+        description="Export Hugging Face classifiers to ONNX once, run them anywhere without PyTorch, "
+        "and prove that the score is the same.",
+        epilog="exit codes: 0 done, 1 a gate failed, 2 wrong use, 3 bad bundle, checkpoint or input, "
+        "4 a provider or package is missing, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"samescore {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -267,11 +269,10 @@ def _input_lines(arguments: argparse.Namespace) -> Iterator[Iterator[Any] | None
     if arguments.input == "-":
         yield read_lines(sys.stdin.buffer, jsonl=jsonl)
         return
-    try:
-        stream: IO[bytes] = Path(arguments.input).open("rb")
-    except OSError as error:
-        raise InputError(f"{arguments.input} cannot be read: {error.strerror}") from error
-    with stream:
+    path = Path(arguments.input)
+    if not path.exists() or path.is_dir():
+        raise InputError(f"{path} cannot be read: it is {'a folder' if path.is_dir() else 'not there'}")
+    with path.open("rb") as stream:
         yield read_lines(stream, jsonl=jsonl)
 
 

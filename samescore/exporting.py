@@ -231,7 +231,10 @@ def _gate(certificate: Certificate, allow_drift: bool) -> None:
     failed = {name: parity for name, parity in certificate.variants.items() if not parity.verdict.passed}
     if failed and not allow_drift:
         said = "; ".join(f"{name}: {', '.join(parity.verdict.failures)}" for name, parity in failed.items())
-        raise GateError(f"{said}. Nothing was written; --allow-drift keeps it and marks its certificate as failed")
+        raise GateError(
+            f"{said}. Nothing was written. Export a more exact variant (cpu-fp32), or "
+            "--allow-drift to keep this one with a certificate that says it failed"
+        )
 
 
 def _write(

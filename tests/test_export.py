@@ -86,7 +86,9 @@ def test_logits_of_another_checkpoint_are_refused(bert_bundle, tmp_path, texts_f
         export_bundle(other, tmp_path / "b", golden=bert_bundle / "golden.jsonl", calibration=texts_files[1])
 
 
-def test_a_variant_that_drifts_fails_and_leaves_nothing(bert_checkpoint, bert_bundle, texts_files, tmp_path, monkeypatch):
+def test_a_variant_that_drifts_fails_and_leaves_nothing(
+    bert_checkpoint, bert_bundle, texts_files, tmp_path, monkeypatch
+):
     """Break the int8 weights on purpose: the gate must see it, say the numbers, and write nothing."""
     import samescore.export.graphs.blocks as blocks
 

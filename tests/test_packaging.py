@@ -64,7 +64,8 @@ def test_the_wheel_holds_the_rooms_and_the_embedded_model(distributions):
 
 def test_the_sdist_builds_the_same(distributions):
     sdist, _ = distributions
-    names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"pyproject.toml", "LICENSE", "README.md", "runtime/classifier.py", "export/graphs/bert.py"} <= names
 
 
@@ -81,7 +82,9 @@ def test_installed_and_tried(distributions, tmp_path, how):
     samescore = home / "bin" / "samescore"
     run(samescore, "export", "refusal-tiny", "-o", "bundle", cwd=tmp_path)
     assert json.loads(run(samescore, "verify", "bundle", "--json", cwd=tmp_path))["passed"]
-    answer = json.loads(run(samescore, "classify", "bundle", "<|user|>Hi<|assistant|>Hello, how are you?", cwd=tmp_path))
+    answer = json.loads(
+        run(samescore, "classify", "bundle", "<|user|>Hi<|assistant|>Hello, how are you?", cwd=tmp_path)
+    )
     assert answer["label"] == "Non-refusal"
     installed = run(python, "-m", "pip", "list", "--format", "freeze")
     assert not {"torch", "transformers"} & {line.partition("==")[0] for line in installed.splitlines()}
@@ -94,7 +97,9 @@ def test_the_runtime_alone(distributions, tmp_path):
     run(home / "bin" / "python", "-m", "pip", "install", "--quiet", f"{distributions[1]}[cpu]")
     run(sys.executable, "-m", "samescore", "export", "refusal-tiny", "-o", tmp_path / "bundle")
     samescore = home / "bin" / "samescore"
-    answer = json.loads(run(samescore, "classify", "bundle", "<|user|>Hi<|assistant|>I'm sorry, I can't.", cwd=tmp_path))
+    answer = json.loads(
+        run(samescore, "classify", "bundle", "<|user|>Hi<|assistant|>I'm sorry, I can't.", cwd=tmp_path)
+    )
     assert answer["label"] == "Refusal"
     run(samescore, "verify", "bundle", cwd=tmp_path)
     done = subprocess.run(

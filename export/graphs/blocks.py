@@ -85,7 +85,7 @@ class GraphBuilder:
         key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
-            self._constants[key] = self._initializer(ir.tensor(array, name=name), name)
+            self._constants[key] = self._initializer(ir.Tensor(array, name=name), name)
         return self._constants[key]
 
     def ints(self, *values: int) -> ir.Value:
@@ -118,7 +118,7 @@ class GraphBuilder:
         )
         return ir.Model(graph, ir_version=self.recipe.ir_version, producer_name="samescore")
 
-    def _initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    def _initializer(self, tensor: ir.ExternalTensor | ir.Tensor[Any], name: str) -> ir.Value:
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
         self.initializers.append(value)
         return value

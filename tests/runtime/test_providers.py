@@ -94,7 +94,7 @@ def test_no_onnx_runtime_names_the_extras(monkeypatch):
     def absent(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(providers, "installed_distributions", lambda: [])
+    monkeypatch.setattr(providers, "installed_distributions", list)
     monkeypatch.setattr(providers.importlib, "import_module", absent)
     with pytest.raises(MissingDependencyError, match=r"samescore\[cpu\]"):
         providers.import_onnxruntime()

@@ -56,7 +56,7 @@ def test_output_fields(classifier):
 
 
 def test_plain_text(classifier):
-    records = scored(classifier, "\ufeffbread\r\n\n  \n{\"text\": 1}\n".encode(), jsonl=False)
+    records = scored(classifier, '\ufeffbread\r\n\n  \n{"text": 1}\n'.encode(), jsonl=False)
     assert [record["text"] for record in records] == ["bread", '{"text": 1}']
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from samescore.runtime.contract import ROLE_TOKEN, TextContract
-from samescore.runtime.errors import BundleError, InputError
+from samescore.runtime.errors import BundleError
 from samescore.runtime.tokenizer import TextEncoder
 
 MIDDLE = TextContract("conversation", 64, "middle", "<|...|>")
@@ -96,7 +96,9 @@ def test_a_text_at_the_limit_is_not_cut(tokenizer_json):
 
 
 def test_a_huge_text_is_cut_before_it_is_tokenized(tokenizer_json):
-    huge = "<|user|>" + "first words " + "filler bread " * 400_000 + "<|assistant|>" + "flour water " * 400_000 + "danke"
+    huge = (
+        "<|user|>" + "first words " + "filler bread " * 400_000 + "<|assistant|>" + "flour water " * 400_000 + "danke"
+    )
     assert len(huge) > 10_000_000
     seen = []
 
