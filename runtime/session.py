@@ -20,7 +20,8 @@ class Session:
     def __init__(self, model: ModelBytes, target: Target, *, intra_op_threads: int, low_memory: bool = False):
         ort = import_onnxruntime()
         options = _session_options(ort, target, intra_op_threads, low_memory)
-        # ONNX Runtime reads the external data from these very buffers, not from the paths.
+        # ONNX Runtime reads the external data from these very buffers, not from the paths, and keeps using them.
+        self._buffers = model.data
         options.add_external_initializers_from_files_in_memory(
             list(model.data), list(model.data.values()), [len(buffer) for buffer in model.data.values()]
         )
@@ -58,6 +59,8 @@ def _session_options(ort: Any, target: Target, intra_op_threads: int, low_memory
     options.inter_op_num_threads = 1
     # Spinning pools of several sessions, or next to other work, slow each other.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Borrow the mapped weights instead of copying them (ONNX Runtime >= 1.31; older ones ignore the entry).
+    options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
     if low_memory:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if target == "migraphx":
