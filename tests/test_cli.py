@@ -174,3 +174,14 @@ def test_a_closed_pipe_is_no_error(bert_bundle, tmp_path):
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert len(objects(result.stdout)) == 1
     assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
+
+
+def test_two_onnx_runtimes_installed(bert_bundle, tmp_path):
+    """A second distribution's metadata on the path, as a second `pip install` leaves it."""
+    folder = tmp_path / "onnxruntime_gpu-1.31.1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n")
+    result = run("classify", bert_bundle, "x", env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 4
+    assert "2 ONNX Runtime packages are installed (onnxruntime, onnxruntime-gpu)" in result.stderr
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in result.stderr

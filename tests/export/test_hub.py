@@ -592,3 +592,37 @@ def test_the_environment_is_read_as_huggingface_hub_reads_it(server: Hub, tmp_pa
     assert Path(folder).is_relative_to(tmp_path / "home" / "hub")
     assert contents(Path(folder)) == CHECKPOINT
     assert {request.token for request in server.log} == {"hf_member"}
+
+
+def test_samescore_export_from_the_hub(
+    server: Hub, bert_checkpoint: Path, texts_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The whole command against the server: the bundle records the commit, gated repositories say what to do."""
+    files = {path.name: path.read_bytes() for path in bert_checkpoint.iterdir() if path.is_file()}
+    server.repos[REPO].commits[SECOND] = files
+    server.repos[REPO].branches["main"] = SECOND
+    server.repos["someone/gated"] = Repo(gated=True)
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+    }
+
+    def export(repo: str) -> subprocess.CompletedProcess[str]:
+        golden, calibration = texts_files
+        command = [sys.executable, "-m", "samescore", "export", repo, "-o", str(tmp_path / "bundle")]
+        options = ["--profile", "refusal", "--golden", str(golden), "--calibration", str(calibration)]
+        return subprocess.run(
+            [*command, *options], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    done = export(REPO)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    assert manifest["source"]["kind"] == "hub" and manifest["source"]["name"] == REPO
+    assert manifest["source"]["revision"] == SECOND
+    gated = export("someone/gated")
+    assert gated.returncode == 3 and "HF_TOKEN" in gated.stderr and "Traceback" not in gated.stderr
+    assert json.loads((tmp_path / "bundle" / "bundle.json").read_text()) == manifest
