@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,19 +12,30 @@ from samescore.calibrate.certificate import Invariance, VariantParity
 from samescore.calibrate.gate import TOLERANCES, judge
 from samescore.calibrate.golden import GoldenSet
 from samescore.calibrate.metrics import measure
+from samescore.runtime.bundle import ModelBytes
 from samescore.runtime.classifier import feeds_for
-from samescore.runtime.manifest import Activation, Precision
+from samescore.runtime.manifest import Activation, Precision, Target
 from samescore.runtime.scheduler import run_longest_first
 from samescore.runtime.session import Session
 
 # Texts that the invariance checks score again.
 INVARIANCE_SAMPLE = 32
 
-SessionFactory = Callable[[int], Session]
+
+@dataclass(frozen=True)
+class SessionMaker:
+    """Makes sessions of one graph on one target, with a given number of threads per call."""
+
+    model: ModelBytes
+    target: Target
+
+    def __call__(self, intra_op_threads: int) -> Session:
+        """A new session."""
+        return Session(self.model, self.target, intra_op_threads=intra_op_threads)
 
 
 def certify(
-    open_session: SessionFactory,
+    open_session: SessionMaker,
     golden: GoldenSet,
     *,
     labels: Sequence[str],

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from samescore._progress import silent, step
 from samescore.calibrate.activations import collect_statistics, read_model
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
-from samescore.calibrate.certify import certify
+from samescore.calibrate.certify import SessionMaker, certify
 from samescore.calibrate.golden import (
     GoldenSet,
     encode_golden,
@@ -26,7 +28,7 @@ from samescore.calibrate.golden import (
     text_digests,
     write_golden,
 )
-from samescore.calibrate.reference import add_reference
+from samescore.calibrate.reference import Reporter, add_reference
 from samescore.card import model_card
 from samescore.export.build import architecture_of, build_variant
 from samescore.export.checkpoint import Checkpoint
@@ -42,7 +44,6 @@ from samescore.runtime.manifest import (
     Source,
     Variant,
 )
-from samescore.runtime.session import Session
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
 
@@ -92,27 +93,19 @@ def export_bundle(
     tokenizer = compact_json(checkpoint.tokenizer_bytes())
     encoder = TextEncoder(tokenizer, contract)
     texts = _golden_texts(golden, facts, opened, encoder)
+    needs_statistics = any(spec.recipe.smoothing is not None for spec in specs) and architecture_of(checkpoint)
+    calibration_ids = _calibration_ids(calibration, facts, encoder, texts) if needs_statistics else []
     threads = available_threads()
-
-    statistics = None
     with staging_folder(target) as staging:
-        if any(spec.recipe.smoothing is not None for spec in specs) and architecture_of(checkpoint):
-            ids = _calibration_ids(calibration, facts, encoder, texts)
-            with report(f"activation statistics of {len(ids)} calibration texts", len(ids)) as tick:
-                statistics = collect_statistics(checkpoint, ids, workspace=staging, progress=tick)
-        built: list[Variant] = []
-        for spec in specs:
-            with report(f"building {spec.name}"):
-                built.append(build_variant(checkpoint, spec, staging, statistics=statistics))
         if texts.reference is None:
             texts = add_reference(texts, checkpoint, report, yardstick=True)
+        built = _build(checkpoint, specs, staging, calibration_ids, report)
         parity: dict[str, VariantParity] = {}
         for spec in specs:
             with report(f"measuring {spec.name} on {len(texts.texts)} golden texts", len(texts.texts)) as tick:
-                model = read_model(staging / spec.name)
+                # Any box can measure a plain ONNX file on its CPU.
                 parity[spec.name] = certify(
-                    # Any box can measure a plain ONNX file on its CPU.
-                    lambda count, model=model: Session(model, "cpu", intra_op_threads=count),  # type: ignore[misc]
+                    SessionMaker(read_model(staging / spec.name), "cpu"),
                     texts,
                     labels=checkpoint.labels,
                     activation=checkpoint.activation,
@@ -170,6 +163,26 @@ def open_source(
     return Source("hub", name, snapshot.revision, checkpoint.sha256()), checkpoint, facts
 
 
+def _build(
+    checkpoint: Checkpoint,
+    specs: Sequence[VariantSpec],
+    staging: Path,
+    calibration_ids: Sequence[npt.NDArray[np.int64]],
+    report: Reporter,
+) -> list[Variant]:
+    """Every variant into the staging folder; activation statistics first, where there are calibration texts."""
+    statistics = None
+    if calibration_ids:
+        count = len(calibration_ids)
+        with report(f"activation statistics of {count} calibration texts", count) as tick:
+            statistics = collect_statistics(checkpoint, calibration_ids, workspace=staging, progress=tick)
+    built = []
+    for spec in specs:
+        with report(f"building {spec.name}"):
+            built.append(build_variant(checkpoint, spec, staging, statistics=statistics))
+    return built
+
+
 def compact_json(raw: bytes) -> bytes:
     """The same JSON document without white space: a multilingual tokenizer.json halves."""
     try:
@@ -214,7 +227,7 @@ def _texts_of(facts: Profile | None) -> str:
 
 def _calibration_ids(
     path: str | os.PathLike[str] | None, facts: Profile | None, encoder: TextEncoder, golden: GoldenSet
-) -> list[Any]:
+) -> list[npt.NDArray[np.int64]]:
     """Token ids of the calibration texts; UsageError when one of them is a golden text."""
     name = Path(path) if path else PACKAGE / _texts_of(facts) / CALIBRATION_NAME
     texts = encode_golden(read_golden(name).without_reference(), encoder)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from samescore._progress import silent, step
 from samescore.calibrate.certificate import Certificate, VariantParity, environment
-from samescore.calibrate.certify import certify
+from samescore.calibrate.certify import SessionMaker, certify
 from samescore.calibrate.golden import GoldenSet, encode_golden, read_golden
 from samescore.calibrate.reference import Reporter, add_reference
 from samescore.export.checkpoint import Checkpoint
@@ -16,7 +16,6 @@ from samescore.runtime.bundle import Bundle
 from samescore.runtime.errors import BundleError, UsageError
 from samescore.runtime.manifest import Manifest, Target, Variant
 from samescore.runtime.providers import choose
-from samescore.runtime.session import Session
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
 
@@ -67,10 +66,9 @@ def verify(
         threads = available_threads()
         parity: dict[str, VariantParity] = {}
         for chosen, target in _runnable(manifest, variant, provider):
-            model = bundle.model(chosen)
             with report(f"measuring {chosen.name} on {len(golden.texts)} texts", len(golden.texts)) as tick:
                 parity[chosen.name] = certify(
-                    lambda count, model=model, target=target: Session(model, target, intra_op_threads=count),  # type: ignore[misc]
+                    SessionMaker(bundle.model(chosen), target),
                     golden,
                     labels=manifest.labels,
                     activation=manifest.activation,
