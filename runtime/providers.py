@@ -120,9 +120,8 @@ def require(target: Target) -> None:
     """ProviderError unless this ONNX Runtime build has the target's provider."""
     offered = available_targets()
     if target not in offered:
-        ort = import_onnxruntime()
+        version, installed = import_onnxruntime().__version__, " ".join(installed_distributions()) or "onnxruntime"
         raise ProviderError(
-            f"provider {target!r} is not in this ONNX Runtime build ({', '.join(installed_distributions()) or 'onnxruntime'} "
-            f"{ort.__version__} offers {', '.join(offered)}). Install the other build: "
-            f"pip uninstall -y onnxruntime && pip install 'samescore[{_EXTRA_OF[target]}]'"
+            f"provider {target!r} is not in this ONNX Runtime build ({installed} {version} offers {', '.join(offered)}). "
+            f"Install the other build: pip uninstall -y {installed} && pip install 'samescore[{_EXTRA_OF[target]}]'"
         )
