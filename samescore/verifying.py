@@ -13,9 +13,9 @@ from samescore.calibrate.golden import GoldenSet, encode_golden, read_golden
 from samescore.calibrate.reference import Reporter, add_reference
 from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.bundle import Bundle
-from samescore.runtime.errors import BundleError, UsageError
+from samescore.runtime.errors import BundleError, ProviderError, UsageError
 from samescore.runtime.manifest import Manifest, Target, Variant
-from samescore.runtime.providers import choose
+from samescore.runtime.providers import available_targets, choose
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
 
@@ -112,9 +112,14 @@ def _runnable(manifest: Manifest, variant: str | None, provider: str) -> list[tu
     """The asked variant, or every one: on its own target where this build has it, plain ONNX on the CPU otherwise."""
     if variant is not None or provider != "auto":
         return [choose(manifest, provider=provider, variant=variant)]
-    from samescore.runtime.providers import available_targets
-
     offered = available_targets()
-    return [
+    runnable = [
         (v, v.target if v.target in offered else "cpu") for v in manifest.variants if v.target in (*offered, "migraphx")
     ]
+    if not runnable:
+        # An empty certificate would read as passed.
+        have = ", ".join(f"{v.name} (for {v.target})" for v in manifest.variants)
+        raise ProviderError(
+            f"no variant of this bundle can run here: it holds {have}; this ONNX Runtime offers {', '.join(offered)}"
+        )
+    return runnable

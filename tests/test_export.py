@@ -14,7 +14,7 @@ import pytest
 from samescore import export_bundle, load, verify
 from samescore.calibrate.golden import read_golden
 from samescore.exporting import compact_json
-from samescore.runtime import Bundle, BundleError, CheckpointError, GateError, InputError, UsageError
+from samescore.runtime import Bundle, BundleError, CheckpointError, GateError, InputError, ProviderError, UsageError
 
 from .conftest import tiny_bert
 
@@ -204,3 +204,14 @@ def test_a_killed_export_keeps_the_old_bundle(bert_bundle, tmp_path, how):
     assert verify(target).passed
     if how == signal.SIGTERM:
         assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_verify_of_a_bundle_that_this_box_cannot_run_is_no_pass(bert_bundle, tmp_path):
+    """Nothing measured must never read as passed."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(bert_bundle, copy)
+    manifest = json.loads((copy / "bundle.json").read_text())
+    manifest["variants"] = [variant | {"target": "cuda"} for variant in manifest["variants"][:1]]
+    (copy / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(ProviderError, match=r"no variant of this bundle can run here: it holds cpu-int8 \(for cuda\)"):
+        verify(copy)
