@@ -22,28 +22,59 @@ DATA_NAME = "model.onnx.data"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A hand-built graph: which class of transformers it stands for, and the function that builds it."""
+    """A hand-built graph: the class of transformers it stands for, the function that builds it, and what it offers.
+
+    variants: names, the first is the default. stages: the layers, cut so that calibration holds one stage at a time; or
+    None for a graph that is built whole.
+    """
 
     class_name: str
     build: Callable[..., Any]
+    variants: tuple[str, ...]
+    stages: Callable[[Checkpoint], list[range]] | None = None
+
+
+def architectures() -> tuple[Architecture, ...]:
+    """Every hand-built graph."""
+    try:
+        from samescore.export.graphs import bert, llama
+    except ImportError as error:
+        raise MissingDependencyError(f"export needs {error.name}: pip install 'samescore[export]'") from error
+    return (
+        Architecture(bert.ARCHITECTURE, bert.build, bert.VARIANTS),
+        Architecture(llama.ARCHITECTURE, llama.build, llama.VARIANTS, llama.stages),
+    )
 
 
 def architecture_of(checkpoint: Checkpoint) -> Architecture | None:
     """The hand-built graph for a checkpoint's class, or None (the generic route)."""
-    try:
-        from samescore.export.graphs import bert
-    except ImportError as error:
-        raise MissingDependencyError(f"export needs {error.name}: pip install 'samescore[export]'") from error
-    for architecture in (Architecture(bert.ARCHITECTURE, bert.build),):
-        if checkpoint.architecture == architecture.class_name:
-            return architecture
-    return None
+    return next((a for a in architectures() if a.class_name == checkpoint.architecture), None)
+
+
+def check_variant(checkpoint: Checkpoint, spec: VariantSpec) -> None:
+    """UsageError for a variant that the checkpoint's architecture does not offer."""
+    architecture = architecture_of(checkpoint)
+    offered = architecture.variants if architecture else ("cpu-fp32",)
+    if spec.name not in offered:
+        why = "" if architecture else " (it has no hand-built graph)"
+        raise UsageError(
+            f"{checkpoint.architecture} cannot be exported as {spec.name}{why}; its variants are {', '.join(offered)}"
+        )
 
 
 def build_graph(
-    checkpoint: Checkpoint, recipe: Recipe, folder: Path, *, statistics: Statistics | None = None, taps: bool = False
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    statistics: Statistics | None = None,
+    taps: bool = False,
+    stage: range | None = None,
 ) -> Any:
-    """Write `model.onnx` and its data file into `folder`; the onnx_ir model."""
+    """Write `model.onnx` and its data file into `folder`; the onnx_ir model.
+
+    taps: the graph also outputs its linear layers' input statistics. stage: build only these layers.
+    """
     architecture = architecture_of(checkpoint)
     if architecture is None:
         raise UsageError(f"{checkpoint.architecture} has no hand-built graph")
@@ -51,9 +82,10 @@ def build_graph(
 
     from samescore.export.weights import WeightFile
 
+    options: dict[str, Any] = {} if stage is None else {"stage": stage}
     weights = WeightFile(folder / DATA_NAME)
     try:
-        model = architecture.build(checkpoint, weights, recipe, statistics=statistics, taps=taps)
+        model = architecture.build(checkpoint, weights, recipe, statistics=statistics, taps=taps, **options)
     finally:
         weights.close()
     ir.save(model, folder / MODEL_NAME)
@@ -68,6 +100,7 @@ def build_variant(
 
     statistics: of activations, for recipes that smooth (see `samescore.calibrate`). Nothing is left behind on failure.
     """
+    check_variant(checkpoint, spec)
     folder = bundle / spec.name
     folder.mkdir(parents=True)
     try:
@@ -90,10 +123,6 @@ def build_variant(
 
 def _build_generic(checkpoint: Checkpoint, spec: VariantSpec, folder: Path) -> Variant:
     """Any other classifier, traced by transformers: float32 on the CPU only."""
-    if spec.name != "cpu-fp32":
-        raise CheckpointError(
-            f"{checkpoint.architecture} has no hand-built graph, so only the variant cpu-fp32 can be made of it, not {spec.name}"
-        )
     from samescore.export.generic import export_generic
 
     graph = export_generic(checkpoint.folder, folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,10 @@ class ChannelStatistics:
         """The largest distance from the mean."""
         result: FloatArray = np.maximum(self.high - self.mean, self.mean - self.low)
         return result
+
+    def uncentred(self) -> ChannelStatistics:
+        """The same with mean 0, so that `spread` is the largest magnitude."""
+        return replace(self, mean=np.zeros_like(self.mean))
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,48 @@ def _scale_of(maximum: FloatArray) -> FloatArray:
 
 def _round(values: FloatArray) -> Int8Array:
     return np.clip(np.rint(values), -INT8_MAX, INT8_MAX).astype(np.int8)
+
+
+BLOCK4 = 32
+# Fractions of the range-preserving scale that are tried for each 4-bit block; clipping a lone outlier often pays.
+BLOCK4_FRACTIONS = (1.0, 0.94, 0.88, 0.82, 0.76)
+
+
+def quantize_blocks4(weight: FloatArray) -> tuple[npt.NDArray[np.uint8], FloatArray]:
+    """4-bit blocks of 32 inputs for MatMulNBits: uint8 [N, K/32, 16] and scales float32 [N, K/32] of weight [K, N].
+
+    Values are stored with zero point 8, low nibble first; K is padded with zeros. Of each block, the value farthest from
+    zero maps to -8 (so that all 16 steps are used), and of a few smaller scales the one with the least squared error is
+    taken.
+    """
+    inputs, outputs = weight.shape
+    blocks = -(-inputs // BLOCK4)
+    packed = np.empty((outputs, blocks, BLOCK4 // 2), np.uint8)
+    scales = np.empty((outputs, blocks), np.float32)
+    step = max(1, (1 << 22) // max(1, inputs))
+    for start in range(0, outputs, step):
+        columns = weight[:, start : start + step].T
+        rows = np.zeros((len(columns), blocks * BLOCK4), np.float32)
+        rows[:, :inputs] = columns
+        values, scale = _fit_blocks4(rows.reshape(len(columns), blocks, BLOCK4))
+        packed[start : start + step] = values[..., 0::2] | (values[..., 1::2] << 4)
+        scales[start : start + step] = scale
+    return packed, scales
+
+
+def _fit_blocks4(blocks: FloatArray) -> tuple[npt.NDArray[np.uint8], FloatArray]:
+    """Values uint8 (0..15, zero point 8) and the scale of each block [..., 32]."""
+    farthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
+    full = np.where(farthest == 0, np.float32(1), farthest / np.float32(-8))
+    best_error = np.full(blocks.shape[:-1], np.inf, np.float32)
+    best = np.zeros(blocks.shape, np.uint8)
+    best_scale = np.ones(blocks.shape[:-1], np.float32)
+    for fraction in BLOCK4_FRACTIONS:
+        scale = full * np.float32(fraction)
+        steps = np.clip(np.rint(blocks / scale), -8, 7)
+        error = np.square(steps * scale - blocks).sum(axis=-1)
+        better = error < best_error
+        best_error[better] = error[better]
+        best_scale[better] = scale[..., 0][better]
+        best[better] = (steps[better] + 8).astype(np.uint8)
+    return best, best_scale

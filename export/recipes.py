@@ -11,17 +11,22 @@ from samescore.runtime.manifest import Precision, Target
 # Statistics of a linear layer's input channels that a tapped graph also outputs, and the operators that make them.
 TAPS = {"low": "ReduceMin", "high": "ReduceMax", "mean": "ReduceMean"}
 
-NumberFormat = Literal["float32", "float16", "int8-row"]
+NumberFormat = Literal["float32", "float16", "int8-row", "int8-weights", "int4-blocks"]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a graph stores and computes.
 
-    linear: format of the weight matrices; `int8-row` is int8 weights per output channel times uint8 activations with one
-      dynamic scale per token. embedding: format of the word embedding table; `int8-row` has one scale per row.
-    contrib: fused com.microsoft operators and no attention mask (texts run unpadded), or plain ONNX with a mask.
-    smoothing: SmoothQuant's alpha for int8 activations, which are also centred; None leaves them as they are.
+    linear: format of the weight matrices. `int8-row` is int8 weights per output channel times uint8 activations with
+      one dynamic scale per token; `int8-weights` is int8 weights per output channel, dequantized to float16;
+      `int4-blocks` has one scale per 32 weights of a column.
+    embedding: format of the word embedding table; `int8-row` has one scale per row.
+    contrib: fused com.microsoft operators, or plain ONNX with an attention mask.
+    half: linear layers compute in float16; norms, softmax and the residual stream stay float32.
+    smoothing: SmoothQuant's alpha for int8 activations, for architectures that fold it or centre by it; None leaves
+      activations as they are.
+    state: decoders also take and return their KV cache, for shared prefixes and for long texts in chunks.
     """
 
     linear: NumberFormat
@@ -30,6 +35,8 @@ class Recipe:
     opset: int
     ir_version: int
     smoothing: float | None = None
+    half: bool = False
+    state: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,31 +50,52 @@ class VariantSpec:
     summary: str
 
 
+# MIGraphX: one operator that it does not know puts the whole model on the CPU, so plain ONNX <= 21 only.
 VARIANTS: tuple[VariantSpec, ...] = (
     VariantSpec(
         "cpu-fp32",
         "cpu",
         "fp32",
-        Recipe("float32", "float32", contrib=True, opset=21, ir_version=10),
+        Recipe("float32", "float32", contrib=True, opset=21, ir_version=10, state=True),
         "CPU, float32, fused operators",
     ),
     VariantSpec(
         "cpu-int8",
         "cpu",
         "int8",
-        Recipe("int8-row", "int8-row", contrib=True, opset=21, ir_version=10, smoothing=0.65),
+        Recipe("int8-row", "int8-row", contrib=True, opset=21, ir_version=10, smoothing=0.65, state=True),
         "CPU, int8 weights, one activation scale per token, outliers smoothed from calibration texts",
+    ),
+    VariantSpec(
+        "cpu-int4",
+        "cpu",
+        "int4",
+        Recipe("int4-blocks", "int8-row", contrib=True, opset=21, ir_version=10, state=True),
+        "CPU, 4-bit weights in blocks of 32, int8 embedding, float32 head: the smallest file",
+    ),
+    VariantSpec(
+        "cuda-fp16",
+        "cuda",
+        "fp16",
+        Recipe("float16", "float16", contrib=True, opset=21, ir_version=10, half=True),
+        "NVIDIA, float16 with float32 islands, fused operators",
     ),
     VariantSpec(
         "migraphx-fp16",
         "migraphx",
         "fp16",
-        # MIGraphX: one operator that it does not know puts the whole model on the CPU, so plain ONNX <= 21 only.
-        Recipe("float16", "float16", contrib=False, opset=20, ir_version=10),
+        Recipe("float16", "float16", contrib=False, opset=20, ir_version=10, half=True),
         "ROCm through MIGraphX, float16 with float32 islands, plain ONNX",
     ),
+    VariantSpec(
+        "migraphx-int8",
+        "migraphx",
+        "int8",
+        Recipe("int8-weights", "int8-row", contrib=False, opset=20, ir_version=10, half=True),
+        "ROCm through MIGraphX, int8 weights dequantized to float16, plain ONNX",
+    ),
 )
-ALIASES = {"portable-fp16": "migraphx-fp16"}
+ALIASES = {"portable-fp16": "migraphx-fp16", "portable-int8": "migraphx-int8"}
 
 
 def variant_spec(name: str) -> VariantSpec:

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from samescore.export.checkpoint import Checkpoint
-from samescore.export.graphs.blocks import GraphBuilder, Linears, embedding, layer_norm, make_linears
+from samescore.export.graphs.blocks import GraphBuilder, embedding, layer_norm
+from samescore.export.graphs.linears import Linears, make_linears
 from samescore.export.quantize import ChannelStatistics, Rescaling
 from samescore.export.recipes import Recipe
 from samescore.export.weights import WeightFile
@@ -29,6 +30,7 @@ from samescore.runtime.errors import CheckpointError
 FloatArray = npt.NDArray[np.float32]
 
 ARCHITECTURE = "BertForSequenceClassification"
+VARIANTS = ("cpu-int8", "cpu-fp32", "cpu-int4", "migraphx-fp16", "migraphx-int8")
 # ONNX Gelu's `approximate` for each activation that transformers calls a GELU.
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
@@ -117,12 +119,13 @@ class _Bert:
         shape = (self.config.vocabulary, self.config.hidden)
         x = embedding(g, word, lambda: self.checkpoint.row_chunks(word), shape, self.ids)
         segment = self._tensor(f"{prefix}.token_type_embeddings.weight")[0]
-        positions = g.float_weight(
+        positions = g.weight(
             f"{prefix}.position_embeddings.weight", self._tensor(f"{prefix}.position_embeddings.weight") + segment
         )
         length = g.op("Shape", self.ids, start=1, end=2)
         x = g.op("Add", x, g.op("Slice", positions, g.ints(0), length, g.ints(0)))
-        return self._norm(g.op("Reshape", x, g.ints(-1, self.config.hidden)), f"{prefix}.LayerNorm")
+        rows = g.op("Reshape", x, g.ints(-1, self.config.hidden))
+        return self._norm(rows, f"{prefix}.LayerNorm", wide=True)
 
     def _layer(self, x: ir.Value, prefix: str, *, last: bool) -> ir.Value:
         """One encoder layer on rows [rows, hidden]; in the last one, first-token rows [batch, hidden] come out."""
@@ -186,15 +189,15 @@ class _Bert:
 
         scaled = g.op("Mul", query, g.constant(1 / math.sqrt(size), g.float_dtype))
         scores = g.op("MatMul", split_heads(scaled, [0, 2, 1, 3]), split_heads(key, [0, 2, 3, 1]))
-        scores = g.op("Add", self._cast(scores, np.float32), self.mask_bias)
-        probabilities = self._cast(g.op("Softmax", scores, axis=-1), g.float_dtype)
+        scores = g.op("Add", g.cast(scores, np.float32), self.mask_bias)
+        probabilities = g.cast(g.op("Softmax", scores, axis=-1), g.float_dtype)
         context = g.op("MatMul", probabilities, split_heads(value, [0, 2, 1, 3]))
         return g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), g.ints(0, 0, self.config.hidden))
 
     def _head(self, first: ir.Value) -> None:
         """Pooler and classifier, always in float32."""
         g = self.g
-        pooled = self._gemm(self._cast(first, np.float32), "bert.pooler.dense")
+        pooled = self._gemm(g.cast(first, np.float32), "bert.pooler.dense")
         logits = self._gemm(g.op("Tanh", pooled), "classifier")
         g.output(logits, "logits", ir.DataType.FLOAT, ["batch", self.config.labels])
 
@@ -222,9 +225,10 @@ class _Bert:
         shape = g.op("Concat", batch, g.ints(-1, width * self.config.hidden), axis=0)
         return g.op("Reshape", rows, shape)
 
-    def _norm(self, x: ir.Value, name: str) -> ir.Value:
+    def _norm(self, x: ir.Value, name: str, *, wide: bool = False) -> ir.Value:
+        """LayerNorm of rows in the recipe's float type, or of float32 ones (`wide`)."""
         weight, bias = self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias")
-        return layer_norm(self.g, x, name, weight, bias, self.config.eps)
+        return layer_norm(self.g, x if wide else self.g.cast(x, np.float32), name, weight, bias, self.config.eps)
 
     def _linear(
         self,
@@ -242,11 +246,6 @@ class _Bert:
         g = self.g
         weight = g.weight(f"{name}.weight", self._matrix(f"{name}.weight"))
         return g.op("Gemm", x, weight, g.weight(f"{name}.bias", self._tensor(f"{name}.bias")))
-
-    def _cast(self, x: ir.Value, dtype: npt.DTypeLike) -> ir.Value:
-        if self.g.float_dtype == np.float32:
-            return x
-        return self.g.op("Cast", x, to=ir.DataType.from_numpy(np.dtype(dtype)).value)
 
     def _tensor(self, name: str) -> FloatArray:
         return self.checkpoint.tensor(name)

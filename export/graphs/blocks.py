@@ -1,32 +1,20 @@
-"""Building blocks that every architecture's graph uses: nodes, weights, linear layers, normalisation."""
+"""Building blocks that every architecture's graph uses: nodes, weights, embedding, normalisation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from samescore.export.quantize import (
-    ChannelStatistics,
-    Rescaling,
-    quantize_columns,
-    quantize_rows,
-    smoothing_scales,
-)
-from samescore.export.recipes import TAPS, Recipe, tap_name
+from samescore.export.quantize import quantize_rows
+from samescore.export.recipes import Recipe
 from samescore.export.weights import WeightFile
 
 FloatArray = npt.NDArray[np.float32]
 CONTRIB = "com.microsoft"
-
-# uint8 activations: zero point 128 splits the range evenly for signed values.
-SIGNED_ZERO_POINT = 128
-# GELU is bounded below by -0.17, so most of a symmetric range would never be used: 32 steps below zero are enough.
-GELU_ZERO_POINT = 32
-GELU_MINIMUM = 0.17
 
 
 class GraphBuilder:
@@ -103,7 +91,16 @@ class GraphBuilder:
     @property
     def float_dtype(self) -> np.dtype[Any]:
         """float16 in half-precision recipes, else float32."""
-        return np.dtype(np.float16 if self.recipe.linear == "float16" else np.float32)
+        return np.dtype(np.float16 if self.recipe.half else np.float32)
+
+    @property
+    def half(self) -> bool:
+        """Whether linear layers compute in float16."""
+        return self.recipe.half
+
+    def cast(self, x: ir.Value, dtype: npt.DTypeLike) -> ir.Value:
+        """`x` as `dtype` in half-precision recipes; in float32 ones it is float32 already."""
+        return self.op("Cast", x, to=ir.DataType.from_numpy(np.dtype(dtype)).value) if self.half else x
 
     def model(self, name: str) -> ir.Model:
         """The finished model."""
@@ -125,10 +122,18 @@ class GraphBuilder:
 
 
 def embedding(g: GraphBuilder, name: str, chunks: Callable[[], Any], shape: tuple[int, int], ids: ir.Value) -> ir.Value:
-    """Rows of a table by ids, in the recipe's float type. `chunks()` yields the table as float32 blocks of rows."""
-    if g.recipe.embedding != "int8-row":
-        tensor = g.weights.add_chunks(name, chunks(), shape, g.float_dtype)
-        return g.op("Gather", g._initializer(tensor, name), ids)
+    """Rows of a table by ids, float32. `chunks()` yields the table as float32 blocks of rows."""
+    if g.recipe.embedding == "int8-row":
+        return _int8_embedding(g, name, chunks, shape, ids)
+    half = g.recipe.embedding == "float16"
+    tensor = g.weights.add_chunks(name, chunks(), shape, np.float16 if half else np.float32)
+    rows = g.op("Gather", g._initializer(tensor, name), ids)
+    return g.op("Cast", rows, to=ir.DataType.FLOAT.value) if half else rows
+
+
+def _int8_embedding(
+    g: GraphBuilder, name: str, chunks: Callable[[], Any], shape: tuple[int, int], ids: ir.Value
+) -> ir.Value:
     scales: list[FloatArray] = []
 
     def quantized() -> Any:
@@ -145,10 +150,7 @@ def embedding(g: GraphBuilder, name: str, chunks: Callable[[], Any], shape: tupl
 
 
 def layer_norm(g: GraphBuilder, x: ir.Value, name: str, weight: FloatArray, bias: FloatArray, eps: float) -> ir.Value:
-    """LayerNormalization over the last axis, computed in float32 whatever the recipe."""
-    half = g.float_dtype == np.float16
-    if half:
-        x = g.op("Cast", x, to=ir.DataType.FLOAT.value)
+    """LayerNormalization of float32 rows over the last axis; the result is in the recipe's float type."""
     y = g.op(
         "LayerNormalization",
         x,
@@ -157,156 +159,26 @@ def layer_norm(g: GraphBuilder, x: ir.Value, name: str, weight: FloatArray, bias
         axis=-1,
         epsilon=eps,
     )
-    return g.op("Cast", y, to=ir.DataType.FLOAT16.value) if half else y
+    return g.cast(y, np.float16)
 
 
-class Linears(Protocol):
-    """How a graph multiplies by its weight matrices."""
-
-    def rescaling(self, site: str, weight: FloatArray) -> Rescaling | None:
-        """What the producer of this site's input may apply to its output channels in advance, or None."""
-
-    def __call__(
-        self,
-        x: ir.Value,
-        site: str,
-        weight: FloatArray,
-        bias: FloatArray,
-        *,
-        after_gelu: bool = False,
-        rescaled: Rescaling | None = None,
-    ) -> ir.Value:
-        """`x [rows, K] @ weight [K, N] + bias [N]`.
-
-        site: the linear layer's name. after_gelu: x is a GELU's output, so x >= -0.17. rescaled: what was already
-        applied to x.
-        """
+def rms_norm(g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis of float32 rows, from standard operators."""
+    mean = g.op("ReduceMean", g.op("Mul", x, x), g.ints(-1), keepdims=1)
+    root = g.op("Sqrt", g.op("Add", mean, g.constant(eps, np.float32)))
+    return g.op("Mul", g.op("Div", x, root), weight)
 
 
-class FloatLinears:
-    """float32 or float16 MatMul. With `taps`, the graph also outputs statistics of each input's channels."""
-
-    def __init__(self, g: GraphBuilder, *, taps: bool = False):
-        self.g = g
-        self.taps = taps
-
-    def rescaling(self, site: str, weight: FloatArray) -> Rescaling | None:
-        """None: floats have no outlier problem."""
-        return None
-
-    def __call__(
-        self,
-        x: ir.Value,
-        site: str,
-        weight: FloatArray,
-        bias: FloatArray,
-        *,
-        after_gelu: bool = False,
-        rescaled: Rescaling | None = None,
-    ) -> ir.Value:
-        """See Linears."""
-        g = self.g
-        if self.taps:
-            for statistic, operator in TAPS.items():
-                value = g.op(operator, x, g.ints(0), keepdims=0)
-                g.output(value, tap_name(site, statistic), ir.DataType.FLOAT, [weight.shape[0]])
-        y = g.op("MatMul", x, g.float_weight(f"{site}.weight", weight))
-        return g.op("Add", y, g.float_weight(f"{site}.bias", bias))
-
-
-class RowInt8Linears:
-    """int8 weights per output channel, uint8 activations with one dynamic scale per row (token).
-
-    A row's scale depends on that row alone, so a score depends neither on padding nor on neighbours. `statistics` (by
-    site, from calibration texts) serve three corrections that leave the product as it is in exact arithmetic:
-
-    - shift: channels lose their mean before they are quantized; `weight^T mean` goes to the bias, unquantized.
-    - smoothing: outlier channels are divided by a scale that their weight rows are multiplied by.
-    - after a GELU neither can pass through, but the rounding of the weights moves the output's mean by a known
-      amount, which is taken off the bias.
-    """
-
-    def __init__(self, g: GraphBuilder, statistics: Mapping[str, ChannelStatistics] | None):
-        self.g = g
-        self.statistics = statistics
-
-    def rescaling(self, site: str, weight: FloatArray) -> Rescaling | None:
-        """Shift and smoothing for this site, or None without calibration."""
-        alpha = self.g.recipe.smoothing
-        if self.statistics is None or alpha is None:
-            return None
-        statistics = self.statistics[site]
-        scale = smoothing_scales(statistics.spread, np.abs(weight).max(axis=1), alpha)
-        return Rescaling(statistics.mean, scale)
-
-    def __call__(
-        self,
-        x: ir.Value,
-        site: str,
-        weight: FloatArray,
-        bias: FloatArray,
-        *,
-        after_gelu: bool = False,
-        rescaled: Rescaling | None = None,
-    ) -> ir.Value:
-        """See Linears."""
-        g = self.g
-        if not after_gelu:
-            rescaling = rescaled or self.rescaling(site, weight)
-            if rescaling is not None:
-                if rescaled is None:
-                    centred = g.op("Sub", x, g.weight(f"{site}.shift", rescaling.shift))
-                    x = g.op("Mul", centred, g.weight(f"{site}.smoothing", 1 / rescaling.scale))
-                bias = bias + rescaling.shift @ weight
-                weight = weight * rescaling.scale[:, None]
-        values, column_scale = quantize_columns(weight)
-        if after_gelu and self.statistics is not None:
-            bias = bias + self.statistics[site].mean @ (weight - values * column_scale)
-        y = self._multiply(x, site, values, column_scale, after_gelu=after_gelu)
-        return g.op("Add", y, g.weight(f"{site}.bias", bias))
-
-    def _multiply(
-        self, x: ir.Value, site: str, values: npt.NDArray[np.int8], column_scale: FloatArray, *, after_gelu: bool
-    ) -> ir.Value:
-        """Quantize the rows of x and multiply; float32 [rows, N]."""
-        g = self.g
-        zero_point = GELU_ZERO_POINT if after_gelu else SIGNED_ZERO_POINT
-        row_scale = self._row_scale(x, after_gelu=after_gelu)
-        quantized = g.op(
-            "QuantizeLinear", x, g.op("Squeeze", row_scale, g.ints(1)), self._zero_points(x, zero_point), axis=0
-        )
-        y = g.contrib(
-            "MatMulIntegerToFloat",
-            quantized,
-            g.weight(f"{site}.weight", values),
-            g.constant(1.0, np.float32),
-            g.weight(f"{site}.weight.scale", column_scale),
-            g.constant(zero_point, np.uint8),
-        )
-        return g.op("Mul", y, row_scale)
-
-    def _row_scale(self, x: ir.Value, *, after_gelu: bool) -> ir.Value:
-        """One scale per row, float32 [rows, 1]."""
-        g = self.g
-        top = g.op("ReduceMax", x, g.ints(1), keepdims=1)
-        if after_gelu:
-            step = g.op("Mul", top, g.constant(1 / (255 - GELU_ZERO_POINT), np.float32))
-            return g.op("Max", step, g.constant(GELU_MINIMUM / GELU_ZERO_POINT, np.float32))
-        bottom = g.op("Neg", g.op("ReduceMin", x, g.ints(1), keepdims=1))
-        peak = g.op("Max", top, bottom, g.constant(1e-8, np.float32))
-        return g.op("Mul", peak, g.constant(1 / 127, np.float32))
-
-    def _zero_points(self, x: ir.Value, zero_point: int) -> ir.Value:
-        """The zero point once per row, uint8 [rows]: QuantizeLinear wants it in the shape of the scale."""
-        g = self.g
-        rows = g.op("Shape", x, start=0, end=1)
-        return g.op("Expand", g.constant([zero_point], np.uint8), rows)
-
-
-def make_linears(
-    g: GraphBuilder, *, statistics: Mapping[str, ChannelStatistics] | None = None, taps: bool = False
-) -> Linears:
-    """The recipe's way to multiply."""
-    if g.recipe.linear == "int8-row":
-        return RowInt8Linears(g, statistics)
-    return FloatLinears(g, taps=taps)
+def add_rms_norm(
+    g: GraphBuilder, x: ir.Value, addend: ir.Value, weight: ir.Value, eps: float
+) -> tuple[ir.Value, ir.Value]:
+    """`rms_norm(x + addend)` and the sum itself, both float32."""
+    if not g.recipe.contrib:
+        total = g.op("Add", x, addend)
+        return rms_norm(g, total, weight, eps), total
+    outputs = g.op_many(
+        "SkipSimplifiedLayerNormalization", x, addend, weight, outputs=4, domain=CONTRIB, epsilon=eps
+    )
+    for unused in outputs[1:3]:
+        unused.name = ""
+    return outputs[0], outputs[3]
