@@ -24,11 +24,13 @@ class Invariance:
     """Largest absolute logit difference of the same text scored another way; 0 means bit for bit equal.
 
     neighbours: in one call with another text (padded where the graph can pad). workers: many texts at once on
-    single-threaded workers, against one at a time on all threads.
+    single-threaded workers, against one at a time on all threads. prefix: its first half read before (as a prompt that
+    several responses share is), None for graphs that keep no state.
     """
 
     neighbours: float
     workers: float
+    prefix: float | None
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from samescore.calibrate.gate import TOLERANCES, judge
 from samescore.calibrate.golden import GoldenSet
 from samescore.calibrate.metrics import measure
 from samescore.runtime.bundle import ModelBytes
-from samescore.runtime.classifier import feeds_for
 from samescore.runtime.manifest import Activation, Precision, Target
+from samescore.runtime.prefill import feeds_for, logits_of, state_after
 from samescore.runtime.scheduler import run_longest_first
 from samescore.runtime.session import Session
 
-# Texts that the invariance checks score again.
-INVARIANCE_SAMPLE = 32
+# What the invariance checks score again, at most.
+INVARIANCE_TEXTS, INVARIANCE_TOKENS = 32, 4096
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def score_all(
     """Logits [texts, labels], each text alone."""
 
     def run(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        row: npt.NDArray[np.float32] = session.run(feeds_for(session.inputs, ids[None, :]))[0]
+        row = logits_of(session, ids)
         if progress is not None:
             progress()
         return row
@@ -85,18 +85,34 @@ def score_all(
 def check_invariance(
     session: Session, sequences: Sequence[npt.NDArray[np.int64]], logits: npt.NDArray[np.float32]
 ) -> Invariance:
-    """Score a sample again alone on this session, and again beside another text."""
-    step = max(1, len(sequences) // INVARIANCE_SAMPLE)
-    chosen = list(range(0, len(sequences), step))[:INVARIANCE_SAMPLE]
-    workers = neighbours = 0.0
-    for index in chosen:
-        other = sequences[(index + step) % len(sequences)]
-        alone = session.run(feeds_for(session.inputs, sequences[index][None, :]))[0]
+    """Score a sample again: alone on this session, beside another text, and behind a prefix that was read before."""
+    workers = neighbours = prefix = 0.0
+    chosen = _sample(sequences)
+    for place, index in enumerate(chosen):
+        ids, other = sequences[index], sequences[chosen[place - 1]]
+        alone = logits_of(session, ids)
         workers = max(workers, float(np.abs(alone - logits[index]).max()))
-        ids, mask = pair(sequences[index], other, can_pad="attention_mask" in session.inputs)
-        beside = session.run(feeds_for(session.inputs, ids, mask))[0]
+        both, mask = pair(ids, other, can_pad=bool({"attention_mask", "lengths"} & set(session.inputs)))
+        beside = session.run(feeds_for(session.inputs, both, mask))[0]
         neighbours = max(neighbours, float(np.abs(beside - alone).max()))
-    return Invariance(neighbours=neighbours, workers=workers)
+        if session.has_state and len(ids) > 1:
+            half = len(ids) // 2
+            behind = logits_of(session, ids[half:], state_after(session, ids[:half]))
+            prefix = max(prefix, float(np.abs(behind - alone).max()))
+    return Invariance(neighbours=neighbours, workers=workers, prefix=prefix if session.has_state else None)
+
+
+def _sample(sequences: Sequence[npt.NDArray[np.int64]]) -> list[int]:
+    """Indices of texts for the invariance checks: evenly spread, at least two where there are, few tokens in all."""
+    step = max(1, len(sequences) // INVARIANCE_TEXTS)
+    chosen: list[int] = []
+    tokens = 0
+    for index in range(0, len(sequences), step)[:INVARIANCE_TEXTS]:
+        tokens += len(sequences[index])
+        if len(chosen) >= 2 and tokens > INVARIANCE_TOKENS:
+            break
+        chosen.append(index)
+    return chosen
 
 
 def pair(

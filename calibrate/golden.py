@@ -25,7 +25,7 @@ from samescore.runtime.manifest import parse_as
 from samescore.runtime.tokenizer import TextEncoder
 
 FORMAT = 1
-TEXT_FIELDS = ("text", "messages")
+TEXT_FIELDS = ("text", "messages", "prompt", "response")
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,9 @@ def _reference(document: Mapping[str, Any]) -> ReferenceInfo | None:
 
 def _text(document: Mapping[str, Any]) -> GoldenText:
     record = {key: document[key] for key in TEXT_FIELDS if document.get(key) is not None}
-    if len(record) != 1:
+    if set(record) not in ({"text"}, {"messages"}, {"prompt", "response"}):
         raise InputError(
-            f"needs exactly one of {' or '.join(f'`{f}`' for f in TEXT_FIELDS)}; has: {', '.join(document)}"
+            f"needs exactly one of `text`, `messages`, or `prompt` and `response`; has: {', '.join(document)}"
         )
     label = document.get("label")
     ids, logits = document.get("input_ids"), document.get("logits")

@@ -11,7 +11,7 @@ from typing import Any
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.quantize import ChannelStatistics
 from samescore.export.recipes import Recipe, VariantSpec
-from samescore.runtime.errors import CheckpointError, MissingDependencyError, UsageError
+from samescore.runtime.errors import MissingDependencyError, UsageError
 from samescore.runtime.manifest import Variant
 
 Statistics = Mapping[str, ChannelStatistics]

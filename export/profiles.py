@@ -10,6 +10,16 @@ from samescore.runtime.contract import TextContract
 from samescore.runtime.errors import UsageError, did_you_mean
 
 CONVERSATION_512 = TextContract(kind="conversation", max_tokens=512, truncation="middle", ellipsis="<|...|>")
+# The card trains and scores on this string, cut at the end.
+PROMPT_RESPONSE_2048 = TextContract(
+    kind="prompt-response",
+    max_tokens=2048,
+    truncation="right",
+    ellipsis="",
+    template="PROMPT: {prompt}\nRESPONSE: {response}\n",
+)
+# The card names no limit; longer articles are cut at the end.
+ARTICLE_8192 = TextContract(kind="text", max_tokens=8192, truncation="right", ellipsis="")
 
 
 @dataclass(frozen=True)
@@ -17,8 +27,9 @@ class Profile:
     """What a name stands for.
 
     source: a hub id, or the name of a model that ships with the package. contract: how its text is made; None where the
-    checkpoint alone decides. texts: the folder of the package that holds its golden and calibration texts, or None.
-    available: whether this version can export it. licence, card: what the source's card says, and where it is.
+    checkpoint alone decides. labels: what the card calls them, for a checkpoint that only numbers its labels. adapter:
+    where in the repository the adapter lies. texts: the folder of the package that holds its golden and calibration
+    texts, or None. available: whether this version can export it. licence: what the source's card says.
     """
 
     name: str
@@ -29,6 +40,8 @@ class Profile:
     texts: str | None
     available: bool
     licence: str
+    labels: tuple[str, ...] | None = None
+    adapter: str | None = None
 
 
 PROFILES: tuple[Profile, ...] = (
@@ -57,20 +70,23 @@ PROFILES: tuple[Profile, ...] = (
         kind="hub",
         source="QuixiAI/ReAligned-Classifier",
         summary="China-biased or Western-biased response, as an RL reward; Llama-3.2-1B",
-        contract=None,
-        texts=None,
-        available=False,
-        licence="see the model card",
+        contract=PROMPT_RESPONSE_2048,
+        texts="texts/prompt-response",
+        available=True,
+        licence="Apache-2.0 by its card; the base is under the Llama 3.2 Community License",
+        labels=("China-biased", "Western-biased"),
     ),
     Profile(
         name="news-bias",
         kind="hub",
         source="tzoulio/news-bias-finder-llama-3.2-1B",
         summary="Left, Center or Right news article; LoRA on Llama-3.2-1B",
-        contract=None,
-        texts=None,
-        available=False,
-        licence="see the model card",
+        contract=ARTICLE_8192,
+        texts="texts/articles",
+        available=True,
+        licence="none stated on its card; the base is under the Llama 3.2 Community License",
+        labels=("Left", "Center", "Right"),
+        adapter="checkpoint-4506",
     ),
     Profile(
         name="political-leaning",
@@ -108,15 +124,29 @@ def profile_named(name: str) -> Profile:
         raise UsageError(f"unknown profile {name!r}; profiles are {', '.join(known)}.{did_you_mean(name, known)}")
     if not profile.available:
         raise UsageError(
-            f"profile {name!r} is planned: this version exports BERT classifiers and, through transformers, others of the "
-            f"*ForSequenceClassification kind. Profiles that export today: {', '.join(known)}"
+            f"profile {name!r} is planned: this version exports classifiers (BERT, Llama and, through transformers, others "
+            f"of the *ForSequenceClassification kind). Profiles that export today: {', '.join(known)}"
         )
     return profile
 
 
-def contract_for(checkpoint: Checkpoint, profile: Profile | None) -> TextContract:
-    """The profile's text contract, within what the checkpoint can read; without one, plain text cut at the end."""
+def contract_for(checkpoint: Checkpoint, profile: Profile | None, max_tokens: int | None = None) -> TextContract:
+    """The profile's text contract, within what the checkpoint can read; without one, plain text cut at the end.
+
+    max_tokens: the limit to use instead; UsageError beyond what the checkpoint can read.
+    """
     limit = checkpoint.max_tokens
-    if profile is None or profile.contract is None:
-        return TextContract(kind="text", max_tokens=limit, truncation="right", ellipsis="")
-    return replace(profile.contract, max_tokens=min(limit, profile.contract.max_tokens))
+    contract = profile.contract if profile and profile.contract else None
+    if contract is None:
+        contract = TextContract(kind="text", max_tokens=limit, truncation="right", ellipsis="")
+    contract = replace(contract, max_tokens=min(limit, contract.max_tokens), model_limit=limit)
+    return contract.with_max_tokens(max_tokens)
+
+
+def labels_for(checkpoint: Checkpoint, profile: Profile | None) -> tuple[str, ...]:
+    """The checkpoint's labels; the profile's where the checkpoint only numbers as many (LABEL_0, LABEL_1, …)."""
+    own = checkpoint.labels
+    numbered = own == tuple(f"LABEL_{index}" for index in range(len(own)))
+    if profile and profile.labels and numbered and len(profile.labels) == len(own):
+        return profile.labels
+    return own

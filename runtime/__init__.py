@@ -14,6 +14,7 @@ from samescore.runtime.errors import (
 )
 from samescore.runtime.manifest import Manifest, Variant
 from samescore.runtime.prediction import Prediction
+from samescore.runtime.reward import RewardFunction
 
 __all__ = [
     "Bundle",
@@ -26,6 +27,7 @@ __all__ = [
     "MissingDependencyError",
     "Prediction",
     "ProviderError",
+    "RewardFunction",
     "SamescoreError",
     "UsageError",
     "Variant",

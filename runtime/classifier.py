@@ -16,13 +16,17 @@ from samescore.runtime.contract import text_of_record
 from samescore.runtime.errors import InputError, UsageError
 from samescore.runtime.manifest import Manifest
 from samescore.runtime.prediction import Prediction, predict
+from samescore.runtime.prefill import common_prefix, logits_of, state_after
 from samescore.runtime.providers import choose
 from samescore.runtime.scheduler import run_longest_first
-from samescore.runtime.session import Session
+from samescore.runtime.session import Session, State
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import Encoded, TextEncoder
 
 log = logging.getLogger(__name__)
+
+# Above this, a second copy of the repacked weights costs more than scoring two texts at a time gains.
+LARGE_BYTES = 512 * 1024 * 1024
 
 Message = Mapping[str, str]
 Conversation = Sequence[Message]
@@ -33,9 +37,10 @@ class Classifier:
 
     path: the bundle folder. provider: `auto`, `cpu`, `cuda`, `migraphx` or `rocm`. variant: a variant's name, or None
     for the provider's first. threads: CPU threads to use in all (None: what affinity and the cgroup quota allow).
-    workers: texts scored at the same time when several are handed in (default: one per thread).
-    low_memory: keep weights in the page cache instead of repacking them (loads faster, runs somewhat slower).
-    Raises BundleError, ProviderError or UsageError.
+    workers: texts scored at the same time when several are handed in (default: one per thread; 1 for models of more than
+    512 MiB, because single texts and several at once need a session each). max_tokens: where to cut longer texts, instead
+    of the bundle's limit. low_memory: keep weights in the page cache instead of repacking them (loads faster, runs
+    somewhat slower). Raises BundleError, ProviderError or UsageError.
     """
 
     def __init__(
@@ -46,19 +51,22 @@ class Classifier:
         variant: str | None = None,
         threads: int | None = None,
         workers: int | None = None,
+        max_tokens: int | None = None,
         low_memory: bool = False,
     ):
         for name, value in (("threads", threads), ("workers", workers)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         self.threads = threads or available_threads()
-        self.workers = workers or self.threads
         with Bundle(path) as bundle:
             self.manifest: Manifest = bundle.manifest
             self.digest = bundle.digest
             self.variant, self.target = choose(bundle.manifest, provider=provider, variant=variant)
-            self.encoder = TextEncoder(bundle.read("tokenizer.json"), bundle.manifest.contract)
+            contract = bundle.manifest.contract.with_max_tokens(max_tokens)
+            self.encoder = TextEncoder(bundle.read("tokenizer.json"), contract)
             self._model: ModelBytes = bundle.model(self.variant)
+        large = sum(map(len, self._model.data.values())) > LARGE_BYTES
+        self.workers = workers or (1 if large else self.threads)
         self._low_memory = low_memory
         self._sessions: dict[int, Session] = {}
         self._lock = threading.Lock()
@@ -77,38 +85,74 @@ class Classifier:
     def __call__(self, item: Sequence[str] | Conversation | Sequence[Conversation], /) -> Any: ...
 
     def __call__(self, item: Any, /) -> Any:
-        """Score one text or conversation (a Prediction), or a list of them (a list, in order).
+        """Score one text, conversation or `{prompt, response}` (a Prediction), or a list of them (a list, in order).
 
         A conversation is a list of `{role, content}`; InputError names the first item that cannot be scored.
         """
-        if isinstance(item, str):
+        if isinstance(item, str | Mapping):
             return self.score([item])[0]
         if not isinstance(item, Sequence):
             raise InputError(f"expected a text, a conversation or a list of them, got {type(item).__name__}")
-        if item and all(isinstance(part, Mapping) for part in item):
+        conversation = self.manifest.contract.kind == "conversation"
+        if conversation and item and all(isinstance(part, Mapping) for part in item):
             return self.score([item])[0]
         return self.score(item)
 
+    @overload
     def score(
         self,
-        items: Iterable[str | Conversation],
+        items: Iterable[str | Message | Conversation],
+        *,
+        workers: int | None = None,
+        allow_role_tokens: bool = False,
+        progress: Callable[[], None] | None = None,
+    ) -> list[Prediction]: ...
+
+    @overload
+    def score(
+        self,
+        items: str,
+        responses: Sequence[str],
+        *,
+        workers: int | None = None,
+        progress: Callable[[], None] | None = None,
+    ) -> list[Prediction]: ...
+
+    def score(
+        self,
+        items: Any,
+        responses: Sequence[str] | None = None,
         *,
         workers: int | None = None,
         allow_role_tokens: bool = False,
         progress: Callable[[], None] | None = None,
     ) -> list[Prediction]:
-        """Score texts or conversations; Predictions in input order.
+        """Score texts, conversations or `{prompt, response}` objects; or `(prompt, [response, …])`. In input order.
 
+        With a prompt and its responses, the tokens that all share are read once (where the graph keeps a KV cache).
         workers: texts run at the same time (default: the Classifier's). allow_role_tokens: leave role tokens inside
         message contents as they are. progress: called once per finished text, from worker threads.
         """
+        if responses is not None:
+            items = self._with_prompt(items, responses)
+        elif isinstance(items, str | Mapping):
+            raise InputError("score takes a list of texts; for one text call the classifier itself: classifier(text)")
         encoded = []
         for number, item in enumerate(items):
             try:
                 encoded.append(self.encoder.encode(item, allow_role_tokens=allow_role_tokens))
             except InputError as error:
                 raise InputError(f"item {number}: {error}") from error
-        return self.score_encoded(encoded, workers=workers, progress=progress)
+        return self.score_encoded(encoded, workers=workers, share_prefix=responses is not None, progress=progress)
+
+    def _with_prompt(self, prompt: Any, responses: Sequence[str]) -> list[dict[str, str]]:
+        if self.manifest.contract.kind != "prompt-response":
+            raise UsageError(
+                f"this bundle reads a {self.manifest.contract.kind}, not a prompt and a response: score([text, …])"
+            )
+        if not isinstance(prompt, str) or isinstance(responses, str):
+            raise InputError("score(prompt, responses) takes one prompt and a list of responses")
+        return [{"prompt": prompt, "response": response} for response in responses]
 
     def score_records(
         self,
@@ -132,10 +176,16 @@ class Classifier:
         return [results[number] for number in range(len(records))]
 
     def score_encoded(
-        self, encoded: Sequence[Encoded], *, workers: int | None = None, progress: Callable[[], None] | None = None
+        self,
+        encoded: Sequence[Encoded],
+        *,
+        workers: int | None = None,
+        share_prefix: bool = False,
+        progress: Callable[[], None] | None = None,
     ) -> list[Prediction]:
-        """Score already tokenized texts; Predictions in input order."""
-        rows = self.logits([item.input_ids for item in encoded], workers=workers, progress=progress)
+        """Score already tokenized texts; Predictions in input order. share_prefix: as `logits`."""
+        sequences = [item.input_ids for item in encoded]
+        rows = self.logits(sequences, workers=workers, share_prefix=share_prefix, progress=progress)
         return [
             predict(row, self.labels, self.manifest.activation, tokens=len(item.input_ids), truncated=item.truncated)
             for row, item in zip(rows, encoded, strict=True)
@@ -146,16 +196,24 @@ class Classifier:
         sequences: Sequence[npt.NDArray[np.int64]],
         *,
         workers: int | None = None,
+        share_prefix: bool = False,
         progress: Callable[[], None] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Logits float32 [texts, labels] of token id sequences, each run alone and unpadded."""
+        """Logits float32 [texts, labels] of token id sequences, each run alone and unpadded.
+
+        share_prefix: read the tokens that all sequences begin with once, where the graph keeps a KV cache.
+        """
         if workers is not None and workers < 1:
             raise UsageError(f"workers must be at least 1, got {workers}")
         count = min(workers or self.workers, len(sequences)) or 1
         session = self._session(max(1, self.threads // count))
+        state: State | None = None
+        if share_prefix and session.has_state and (shared := common_prefix(sequences)):
+            state = state_after(session, sequences[0][:shared])
+            sequences = [ids[shared:] for ids in sequences]
 
         def run(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-            row: npt.NDArray[np.float32] = session.run(feeds_for(session.inputs, ids[None, :]))[0]
+            row = logits_of(session, ids, state)
             if progress is not None:
                 progress()
             return row
@@ -173,20 +231,6 @@ class Classifier:
                 )
                 self._sessions[intra_op_threads] = session
             return session
-
-
-def feeds_for(
-    inputs: Sequence[str],
-    input_ids: npt.NDArray[np.int64],
-    attention_mask: npt.NDArray[np.int64] | None = None,
-) -> dict[str, npt.NDArray[np.int64]]:
-    """The graph's inputs from ids int64 [batch, sequence]; without a mask every position is real."""
-    feeds = {"input_ids": input_ids}
-    if "attention_mask" in inputs:
-        feeds["attention_mask"] = np.ones_like(input_ids) if attention_mask is None else attention_mask
-    if "token_type_ids" in inputs:
-        feeds["token_type_ids"] = np.zeros_like(input_ids)
-    return feeds
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> Classifier:

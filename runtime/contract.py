@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from samescore.runtime.errors import InputError
+from samescore.runtime.errors import InputError, UsageError
 
 ROLES = ("system", "user", "assistant")
 ROLE_TOKEN = re.compile(r"<\|(?:system|user|assistant)\|>")
@@ -21,45 +21,81 @@ class TextContract:
     """How text reaches the model.
 
     kind: `conversation` takes a role-token string (`<|user|>…<|assistant|>…`) or a list of `{role, content}` messages;
-      `text` takes a string as it is.
-    max_tokens: the limit, special tokens included.
+      `prompt-response` takes a prompt and a response and puts them into `template` (`{prompt}` and then `{response}`,
+      once each), or the string that this makes; `text` takes a string as it is.
+    max_tokens: the limit, special tokens included. model_limit: how far a caller may raise it; None: not at all.
     truncation: `middle` replaces the middle of a long text by `ellipsis`; `right` keeps the first tokens, as
       `truncation=True` of a Hugging Face tokenizer does.
     """
 
-    kind: Literal["conversation", "text"]
+    kind: Literal["conversation", "prompt-response", "text"]
     max_tokens: int
     truncation: Literal["middle", "right"]
     ellipsis: str
+    template: str = ""
+    model_limit: int | None = None
 
     @property
-    def fields(self) -> tuple[str, ...]:
-        """The JSON fields that an input line may hold its text in."""
-        return ("text", "messages") if self.kind == "conversation" else ("text",)
+    def fields(self) -> tuple[tuple[str, ...], ...]:
+        """The JSON fields that an input line may hold its text in, as alternatives."""
+        if self.kind == "conversation":
+            return (("text",), ("messages",))
+        return (("text",), ("prompt", "response")) if self.kind == "prompt-response" else (("text",),)
+
+    def with_max_tokens(self, max_tokens: int | None) -> TextContract:
+        """The same with another limit (None: its own); UsageError beyond what the model can read."""
+        if max_tokens is None:
+            return self
+        most = self.model_limit or self.max_tokens
+        if not 1 <= max_tokens <= most:
+            raise UsageError(f"max_tokens must be from 1 to {most} for this model, got {max_tokens}")
+        return replace(self, max_tokens=max_tokens)
 
 
 def text_of_record(record: Mapping[str, Any], contract: TextContract, *, allow_role_tokens: bool = False) -> str:
     """The contract's string for one JSON object; InputError when it holds none, two, or an empty one."""
-    present = [name for name in contract.fields if record.get(name) is not None]
-    if len(present) != 1:
-        wanted = " or ".join(f"`{name}`" for name in contract.fields)
+    given = {name for names in contract.fields for name in names if record.get(name) is not None}
+    chosen = next((names for names in contract.fields if given == set(names)), None)
+    if chosen is None:
+        wanted = " or ".join(" and ".join(f"`{name}`" for name in names) for names in contract.fields)
         found = ", ".join(map(str, record)) or "nothing"
         raise InputError(f"a line needs exactly one of {wanted}; this one has: {found}")
-    return render(record[present[0]], contract, allow_role_tokens=allow_role_tokens)
+    item = record[chosen[0]] if len(chosen) == 1 else {name: record[name] for name in chosen}
+    return render(item, contract, allow_role_tokens=allow_role_tokens)
 
 
 def render(item: Any, contract: TextContract, *, allow_role_tokens: bool = False) -> str:
-    """The contract's string for a text or, in a conversation contract, for a list of messages."""
+    """The contract's string for a text, a list of messages (conversation) or `{prompt, response}` (prompt-response)."""
     if isinstance(item, str):
         text = item
     elif contract.kind == "conversation" and isinstance(item, Sequence) and not isinstance(item, bytes):
         text = render_messages(item, allow_role_tokens=allow_role_tokens)
+    elif contract.kind == "prompt-response" and isinstance(item, Mapping):
+        text = render_response(item.get("prompt"), item.get("response"), contract)
     else:
-        kinds = "a string or a list of {role, content}" if contract.kind == "conversation" else "a string"
-        raise InputError(f"expected {kinds}, got {type(item).__name__}")
+        raise InputError(f"expected {_EXPECTED[contract.kind]}, got {type(item).__name__}")
     if not text.strip():
         raise InputError("the text is empty")
     return _without_surrogates(text)
+
+
+_EXPECTED = {
+    "conversation": "a string or a list of {role, content}",
+    "prompt-response": "a string or an object {prompt, response}",
+    "text": "a string",
+}
+
+
+def render_response(prompt: Any, response: Any, contract: TextContract) -> str:
+    """The contract's template with a prompt and a response; an empty prompt is allowed, an empty response is not."""
+    for name, value in (("prompt", prompt), ("response", response)):
+        if not isinstance(value, str):
+            raise InputError(f"`{name}` must be a string, got {type(value).__name__}")
+    if not response.strip():
+        raise InputError("the response is empty")
+    before, _, rest = contract.template.partition("{prompt}")
+    between, _, after = rest.partition("{response}")
+    return f"{before}{prompt}{between}{response}{after}"
 
 
 def render_messages(messages: Sequence[Any], *, allow_role_tokens: bool = False) -> str:

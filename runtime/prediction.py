@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from samescore.runtime.errors import UsageError
 from samescore.runtime.manifest import Activation
 
 
@@ -27,6 +28,19 @@ class Prediction:
     logits: tuple[float, ...]
     tokens: int
     truncated: bool
+
+    @property
+    def margin(self) -> float:
+        """The raw margin of a two-label model: the second label's logit minus the first's (log-odds of the second)."""
+        if len(self.logits) != 2:
+            raise UsageError(f"a margin is of two labels; this model has {len(self.logits)}: use log_odds(label)")
+        return self.logits[1] - self.logits[0]
+
+    def log_odds(self, label: str) -> float:
+        """log(p / (1 - p)) of a label's softmax probability, from the logits: it does not saturate as p does."""
+        index = list(self.probabilities).index(label)
+        others = np.delete(np.asarray(self.logits, dtype=np.float64), index)
+        return self.logits[index] - float(np.logaddexp.reduce(others))
 
     def to_record(self) -> dict[str, Any]:
         """The fields that go into an output line."""

@@ -13,6 +13,9 @@ from samescore.runtime.errors import BundleError, ProviderError
 from samescore.runtime.manifest import Target
 from samescore.runtime.providers import EXECUTION_PROVIDERS, import_onnxruntime
 
+# The KV cache of a decoder by input name, each float32 [batch, heads, tokens, head size].
+State = Mapping[str, npt.NDArray[np.float32]]
+
 
 class Session:
     """One graph on one provider. `run` may be called from several threads at once."""
@@ -41,11 +44,32 @@ class Session:
         self.inputs: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
         self.target = target
+        # [batch, heads, past tokens, head size]
+        self._caches = {v.name: (v.shape[1], v.shape[3]) for v in self._session.get_inputs() if v.name[:5] == "past_"}
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        """The `logits` output, float32 [batch, labels]."""
-        logits: npt.NDArray[np.float32] = self._session.run(["logits"], dict(feeds))[0]
+    @property
+    def has_state(self) -> bool:
+        """Whether the graph takes and returns a KV cache."""
+        return bool(self._caches)
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], state: State | None = None) -> npt.NDArray[np.float32]:
+        """The `logits` output, float32 [batch, labels]; `state`: of the tokens before these."""
+        logits: npt.NDArray[np.float32] = self._session.run(["logits"], self._with_state(feeds, state))[0]
         return logits
+
+    def advance(self, feeds: Mapping[str, npt.NDArray[Any]], state: State | None = None) -> State:
+        """The state after these tokens."""
+        names = [name.replace("past_", "present_", 1) for name in self._caches]
+        caches = self._session.run(names, self._with_state(feeds, state))
+        return dict(zip(self._caches, caches, strict=True))
+
+    def _with_state(self, feeds: Mapping[str, npt.NDArray[Any]], state: State | None) -> dict[str, npt.NDArray[Any]]:
+        if state is None:
+            batch = len(next(iter(feeds.values())))
+            state = {
+                name: np.zeros((batch, heads, 0, size), np.float32) for name, (heads, size) in self._caches.items()
+            }
+        return {**feeds, **state}
 
     def run_outputs(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
         """Several named outputs (for graphs that expose more than `logits`)."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from samescore.exporting import ExportResult, export_bundle
-    from samescore.runtime import Classifier, Prediction, SamescoreError, load
+    from samescore.runtime import Classifier, Prediction, RewardFunction, SamescoreError, load
     from samescore.verifying import VerifyResult, verify
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ _HOMES = {
     "Classifier": "samescore.runtime",
     "ExportResult": "samescore.exporting",
     "Prediction": "samescore.runtime",
+    "RewardFunction": "samescore.runtime",
     "SamescoreError": "samescore.runtime",
     "VerifyResult": "samescore.verifying",
     "export_bundle": "samescore.exporting",
@@ -35,6 +36,7 @@ __all__ = [
     "Classifier",
     "ExportResult",
     "Prediction",
+    "RewardFunction",
     "SamescoreError",
     "VerifyResult",
     "__version__",

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samescore._progress import silent, step
-from samescore.calibrate.activations import collect_statistics, read_model
+from samescore.calibrate.activations import collect_statistics, read_model, stages_of
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
 from samescore.calibrate.golden import (
@@ -30,9 +30,9 @@ from samescore.calibrate.golden import (
 )
 from samescore.calibrate.reference import Reporter, add_reference
 from samescore.card import model_card
-from samescore.export.build import architecture_of, build_variant
+from samescore.export.build import architecture_of, build_variant, check_variant
 from samescore.export.checkpoint import Checkpoint
-from samescore.export.profiles import Profile, contract_for, find_profile, profile_named
+from samescore.export.profiles import Profile, contract_for, find_profile, labels_for, profile_named
 from samescore.export.publish import check_target, file_entries, publish, staging_folder
 from samescore.export.recipes import VariantSpec, variant_spec
 from samescore.runtime.errors import CheckpointError, GateError, UsageError
@@ -71,6 +71,8 @@ def export_bundle(
     revision: str | None = None,
     golden: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | None = None,
+    max_tokens: int | None = None,
+    golden_limit: int | None = None,
     allow_drift: bool = False,
     progress: bool = False,
 ) -> ExportResult:
@@ -80,7 +82,9 @@ def export_bundle(
     replaced). profile: whose text contract to apply. variants: names, the first one is its target's default
     (`cpu-int8` if none; `cpu-fp32` for architectures without a hand-built graph). revision: branch, tag or commit of a
     hub source. golden, calibration: JSONL files of texts; golden texts may hold reference logits, otherwise PyTorch
-    computes them. allow_drift: write the bundle even if a gate fails; its certificate says so.
+    computes them. max_tokens: where the bundle cuts longer texts (default: the profile's limit). golden_limit: use only
+    that many golden texts, from the first (large models take long on a CPU). allow_drift: write the bundle even if a
+    gate fails; its certificate says so.
 
     Raises GateError (nothing is written), CheckpointError, UsageError, InputError or MissingDependencyError.
     """
@@ -89,10 +93,11 @@ def export_bundle(
     check_target(target)
     opened, checkpoint, facts = open_source(source, profile=profile, revision=revision, progress=progress)
     specs = _specs(checkpoint, variants)
-    contract = contract_for(checkpoint, facts)
+    contract = contract_for(checkpoint, facts, max_tokens)
+    labels = labels_for(checkpoint, facts)
     tokenizer = compact_json(checkpoint.tokenizer_bytes())
     encoder = TextEncoder(tokenizer, contract)
-    texts = _golden_texts(golden, facts, opened, encoder)
+    texts = _golden_texts(golden, facts, opened, encoder, golden_limit)
     needs_statistics = any(spec.recipe.smoothing is not None for spec in specs) and architecture_of(checkpoint)
     calibration_ids = _calibration_ids(calibration, facts, encoder, texts) if needs_statistics else []
     threads = available_threads()
@@ -107,7 +112,7 @@ def export_bundle(
                 parity[spec.name] = certify(
                     SessionMaker(read_model(staging / spec.name), "cpu"),
                     texts,
-                    labels=checkpoint.labels,
+                    labels=labels,
                     activation=checkpoint.activation,
                     precision=spec.precision,
                     threads=threads,
@@ -123,7 +128,7 @@ def export_bundle(
             architecture=checkpoint.architecture,
             source=opened,
             contract=contract,
-            labels=checkpoint.labels,
+            labels=labels,
             activation=checkpoint.activation,
             variants=tuple(built),
         )
@@ -174,7 +179,8 @@ def _build(
     statistics = None
     if calibration_ids:
         count = len(calibration_ids)
-        with report(f"activation statistics of {count} calibration texts", count) as tick:
+        steps = count * len(stages_of(checkpoint))
+        with report(f"activation statistics of {count} calibration texts", steps) as tick:
             statistics = collect_statistics(checkpoint, calibration_ids, workspace=staging, progress=tick)
     built = []
     for spec in specs:
@@ -198,18 +204,28 @@ def _no_revision(revision: str | None, what: str) -> None:
 
 
 def _specs(checkpoint: Checkpoint, names: Sequence[str]) -> list[VariantSpec]:
-    default = "cpu-int8" if architecture_of(checkpoint) else "cpu-fp32"
+    architecture = architecture_of(checkpoint)
+    default = architecture.variants[0] if architecture else "cpu-fp32"
     specs = [variant_spec(name) for name in names or (default,)]
+    for spec in specs:
+        check_variant(checkpoint, spec)
     if len({spec.name for spec in specs}) != len(specs):
         raise UsageError(f"a variant is named twice: {', '.join(names)}")
     return specs
 
 
 def _golden_texts(
-    path: str | os.PathLike[str] | None, facts: Profile | None, source: Source, encoder: TextEncoder
+    path: str | os.PathLike[str] | None,
+    facts: Profile | None,
+    source: Source,
+    encoder: TextEncoder,
+    limit: int | None,
 ) -> GoldenSet:
     """The golden set, tokenized. Stored logits count only for the checkpoint they were made from."""
+    if limit is not None and limit < 1:
+        raise UsageError(f"--golden-limit must be at least 1, got {limit}")
     golden = read_golden(Path(path) if path else PACKAGE / _texts_of(facts) / GOLDEN_NAME)
+    golden = replace(golden, texts=golden.texts[:limit])
     if golden.reference is not None and golden.reference.checkpoint_sha256 != source.sha256:
         if path is not None:
             raise UsageError(

@@ -97,6 +97,82 @@ def bert_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bert(tmp_path_factory.mktemp("bert") / "checkpoint")
 
 
+def tiny_llama(folder: Path, **overrides: object) -> Path:
+    """A random `LlamaForSequenceClassification` of 3 layers with grouped queries and llama3-scaled RoPE."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    vocabulary = train_tokenizer(folder, model_max_length=2048)
+    settings: dict[str, object] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "pad_token_id": 2,
+        "id2label": {0: "China-biased", 1: "Western-biased"},
+        "label2id": {"China-biased": 0, "Western-biased": 1},
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        **overrides,
+    }
+    torch.manual_seed(7)
+    model = LlamaForSequenceClassification(LlamaConfig(**settings)).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.uniform_(0.5, 1.5) if "norm" in name else parameter.data.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama classifier with two labels."""
+    return tiny_llama(tmp_path_factory.mktemp("llama") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def pair_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Golden and calibration `{prompt, response}` texts (JSONL), disjoint."""
+    folder = tmp_path_factory.mktemp("pairs")
+    words = WORDS.split()
+    golden = [(f"{words[i]} bread?", " ".join(words[i : i + 1 + i % 60])) for i in range(40)]
+    calibration = [(f"{words[i]} yeast?", " ".join(reversed(words[i : i + 2 + i % 40]))) for i in range(12)]
+    for name, pairs in (("golden", golden), ("calibration", calibration)):
+        lines = (json.dumps({"prompt": p, "response": r}, ensure_ascii=False) for p, r in pairs)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "golden.jsonl", folder / "calibration.jsonl"
+
+
+@pytest.fixture(scope="session")
+def llama_bundle(
+    llama_checkpoint: Path, pair_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A bundle of the tiny Llama with its CPU variants, in the prompt-response contract. Do not change it: copy it."""
+    from samescore import export_bundle
+
+    output = tmp_path_factory.mktemp("bundle") / "llama"
+    golden, calibration = pair_files
+    export_bundle(
+        llama_checkpoint,
+        output,
+        profile="realigned",
+        variants=["cpu-fp32", "cpu-int8"],
+        golden=golden,
+        calibration=calibration,
+        allow_drift=True,  # a random model is no subject for int8
+    )
+    return output
+
+
 @pytest.fixture(scope="session")
 def texts_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Golden and calibration texts (JSONL) of many lengths, disjoint."""

@@ -176,9 +176,7 @@ def add_rms_norm(
     if not g.recipe.contrib:
         total = g.op("Add", x, addend)
         return rms_norm(g, total, weight, eps), total
-    outputs = g.op_many(
-        "SkipSimplifiedLayerNormalization", x, addend, weight, outputs=4, domain=CONTRIB, epsilon=eps
-    )
+    outputs = g.op_many("SkipSimplifiedLayerNormalization", x, addend, weight, outputs=4, domain=CONTRIB, epsilon=eps)
     for unused in outputs[1:3]:
         unused.name = ""
     return outputs[0], outputs[3]

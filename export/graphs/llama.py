@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -133,7 +132,7 @@ def build(
 
     statistics: by linear layer, of its input channels on calibration texts (int8 recipes). taps: also output these
     statistics, under `tap_name`. stage: only these layers; a stage that is not the first takes `hidden` float32 [batch,
-    sequence, hidden] in place of the ids, one that is not the last returns it.
+    sequence, hidden] in place of the ids, one that is not the last returns `hidden_after`.
     """
     g = GraphBuilder(weights, recipe)
     config = LlamaConfig.read(checkpoint)
@@ -173,7 +172,7 @@ class _Llama:
         assert pending is not None
         if self.stage.stop < config.layers:
             hidden = g.op("Reshape", g.op("Add", x, pending), self.attention.batch_shape(config.hidden))
-            g.output(hidden, "hidden", ir.DataType.FLOAT, [*shape, config.hidden])
+            g.output(hidden, "hidden_after", ir.DataType.FLOAT, [*shape, config.hidden])
             return
         norm = g.weight("model.norm.weight", self._tensor("model.norm.weight"))
         normed, _ = add_rms_norm(g, x, pending, norm, config.eps)
@@ -215,7 +214,9 @@ class _Llama:
         if index < self.config.layers - 1:
             packed = self.linears(normed, site, np.concatenate([query, key, value], axis=1), rescaled=rescaled)
             return self.attention.all_tokens(packed, index), x
-        keys_values = self.linears(normed, site, np.concatenate([key, value], axis=1), name=f"{site}.kv", rescaled=rescaled)
+        keys_values = self.linears(
+            normed, site, np.concatenate([key, value], axis=1), name=f"{site}.kv", rescaled=rescaled
+        )
         last = self.linears(self.attention.last_rows(normed), site, query, name=f"{site}.q", rescaled=rescaled)
         return self.attention.last_token(last, keys_values, index), self.attention.last_rows(x)
 
@@ -292,7 +293,7 @@ class _FusedAttention(_Attention):
         self.total, self.past = self.sequence, None
         self.pasts: dict[int, tuple[ir.Value, ir.Value]] = {}
         if g.recipe.state:
-            shape = ["batch", config.kv_heads, "past", config.head_size]
+            shape: list[str | int] = ["batch", config.kv_heads, "past", config.head_size]
             for index in stage:
                 key, value = (g.input(f"past_{part}.{index}", ir.DataType.FLOAT, shape) for part in ("key", "value"))
                 self.pasts[index] = (key, value)
@@ -364,7 +365,7 @@ class _FusedAttention(_Attention):
         """The longer KV cache, where the graph keeps one."""
         if index not in self.pasts:
             return
-        shape = ["batch", self.config.kv_heads, "total", self.config.head_size]
+        shape: list[str | int] = ["batch", self.config.kv_heads, "total", self.config.head_size]
         for part, result in (("key", key), ("value", value)):
             result.name, result.type = f"present_{part}.{index}", ir.TensorType(ir.DataType.FLOAT)
             result.shape = ir.Shape(shape)
@@ -392,14 +393,18 @@ class _PlainAttention(_Attention):
         causal = g.op(
             "GreaterOrEqual", g.op("Unsqueeze", positions, g.ints(2)), g.op("Unsqueeze", positions, g.ints(1))
         )
-        self.all_bias = g.op("Unsqueeze", self._bias(g.op("And", causal, g.op("Unsqueeze", real, g.ints(1)))), g.ints(1, 2))
+        self.all_bias = g.op(
+            "Unsqueeze", self._bias(g.op("And", causal, g.op("Unsqueeze", real, g.ints(1)))), g.ints(1, 2)
+        )
         self.last_bias = g.op("Unsqueeze", self._bias(real), g.ints(1, 2))
 
     def all_tokens(self, packed: ir.Value, index: int) -> ir.Value:
         """See _FusedAttention."""
         g, config = self.g, self.config
         repeats, size = config.heads // config.kv_heads, config.head_size
-        parts = self._split(self.unflatten(packed, self.width + 2 * self.kv_width), [self.width, self.kv_width, self.kv_width])
+        parts = self._split(
+            self.unflatten(packed, self.width + 2 * self.kv_width), [self.width, self.kv_width, self.kv_width]
+        )
         query, key, value = (
             self._heads(part, heads) for part, heads in zip(parts, (config.heads, *[config.kv_heads] * 2), strict=True)
         )

@@ -1,0 +1,70 @@
+"""From token ids to logits: a graph's inputs, long texts in chunks, and prefixes that several texts share.
+
+A graph that keeps its KV cache reads a text in chunks, so that memory grows with the text's length and not with its
+square, and reads what texts have in common once:
+
+    common tokens → chunks → state ─┬→ rest of text 1 → logits
+                                    └→ rest of text 2 → logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from samescore.runtime.session import Session, State
+
+# Tokens read at a time by a graph that keeps state; about what a core's cache holds of the widest activations.
+CHUNK = 256
+# A shorter common prefix is not worth a call of its own.
+SHORTEST_PREFIX = 16
+
+Ids = npt.NDArray[np.int64]
+
+
+def feeds_for(inputs: Sequence[str], input_ids: Ids, attention_mask: Ids | None = None) -> dict[str, npt.NDArray[Any]]:
+    """The graph's inputs from ids int64 [batch, sequence]; without a mask (right padding) every position is real."""
+    mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+    feeds: dict[str, npt.NDArray[Any]] = {"input_ids": input_ids}
+    if "attention_mask" in inputs:
+        feeds["attention_mask"] = mask
+    if "lengths" in inputs:
+        feeds["lengths"] = mask.sum(axis=1, dtype=np.int32)
+    if "token_type_ids" in inputs:
+        feeds["token_type_ids"] = np.zeros_like(input_ids)
+    return feeds
+
+
+def logits_of(session: Session, ids: Ids, state: State | None = None) -> npt.NDArray[np.float32]:
+    """Logits float32 [labels] of one text's ids int64 [sequence], which follow the tokens that `state` holds."""
+    *before, last = chunks(ids) if session.has_state else [ids]
+    for part in before:
+        state = session.advance(feeds_for(session.inputs, part[None, :]), state)
+    row: npt.NDArray[np.float32] = session.run(feeds_for(session.inputs, last[None, :]), state)[0]
+    return row
+
+
+def state_after(session: Session, ids: Ids) -> State | None:
+    """The state that a graph with a KV cache is in after these ids [sequence]; None after none."""
+    state: State | None = None
+    for part in chunks(ids) if len(ids) else []:
+        state = session.advance(feeds_for(session.inputs, part[None, :]), state)
+    return state
+
+
+def chunks(ids: Ids) -> list[Ids]:
+    """The ids in pieces of nearly the same length, none longer than CHUNK."""
+    return np.array_split(ids, -(-len(ids) // CHUNK))
+
+
+def common_prefix(sequences: Sequence[Ids]) -> int:
+    """How many first tokens all sequences share, leaving each at least one of its own; 0 if that is not worth a call."""
+    if len(sequences) < 2:
+        return 0
+    shortest = min(map(len, sequences))
+    same = np.all(np.stack([ids[:shortest] for ids in sequences]) == sequences[0][:shortest], axis=0)
+    length = min(int(np.argmin(same)) if not same.all() else shortest, shortest - 1)
+    return length if length >= SHORTEST_PREFIX else 0
