@@ -27,11 +27,7 @@ def model_card(
         if contract.truncation == "middle"
         else "a longer text is cut at the end"
     )
-    reads = (
-        "a conversation: `<|user|>…<|assistant|>…`, or a list of `{role, content}`"
-        if contract.kind == "conversation"
-        else "a text"
-    )
+    reads, example = _READS[contract.kind]
     verdict = "passed" if all(p.verdict.passed for p in certificate.variants.values()) else "FAILED"
     licence = facts.licence if facts else "see the source"
     return f"""# {manifest.profile or source.name}, a samescore bundle
@@ -63,7 +59,7 @@ box, without PyTorch: `samescore verify BUNDLE`.
 ```python
 from samescore import load
 classifier = load("BUNDLE")
-print(classifier("<|user|>…<|assistant|>…"))
+print({example})
 ```
 
 ## Licence and limits
@@ -71,6 +67,20 @@ print(classifier("<|user|>…<|assistant|>…"))
 Licence of the source: {licence}. Its own card, with its intended use and its limits, is in `SOURCE_CARD.md` where the source
 had one. Parity says that this bundle scores as the source does; it does not say that the source is right.
 """
+
+
+# What a contract reads, and a call that shows it.
+_READS = {
+    "conversation": (
+        "a conversation: `<|user|>…<|assistant|>…`, or a list of `{role, content}`",
+        'classifier("<|user|>…<|assistant|>…")',
+    ),
+    "prompt-response": (
+        "a prompt and a response (`{prompt, response}`)",
+        'classifier.score("prompt", ["response", "another response"])',
+    ),
+    "text": ("a text", 'classifier("…")'),
+}
 
 
 def _megabytes(files: Mapping[str, FileEntry], variant: str) -> str:

@@ -88,13 +88,19 @@ def _add_export(commands: Any) -> None:
         metavar="V",
         action="append",
         default=[],
-        help="cpu-fp32, cpu-int8 or migraphx-fp16; repeat for several (default: cpu-int8; cpu-fp32 for architectures "
-        "without a hand-built graph)",
+        help="cpu-int8, cpu-fp32, cpu-int4, cuda-fp16, migraphx-fp16 or migraphx-int8; repeat for several (default: "
+        "cpu-int8; cpu-fp32 for architectures without a hand-built graph)",
     )
     command.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub source")
     command.add_argument("--golden", metavar="FILE", help="JSONL texts for the gate, with or without reference logits")
     command.add_argument(
         "--calibration", metavar="FILE", help="JSONL texts for activation ranges; none of the golden ones"
+    )
+    command.add_argument(
+        "--golden-limit", metavar="N", type=int, help="use only the first N golden texts (large models, slow machines)"
+    )
+    command.add_argument(
+        "--max-tokens", metavar="N", type=int, help="cut longer texts here (default: the profile's limit)"
     )
     command.add_argument(
         "--allow-drift", action="store_true", help="write the bundle even if a gate fails, marked as failed"
@@ -134,6 +140,9 @@ def _add_classify(commands: Any) -> None:
     command.add_argument(
         "--workers", metavar="N", type=int, help="texts scored at the same time (default: one per CPU)"
     )
+    command.add_argument(
+        "--max-tokens", metavar="N", type=int, help="cut longer texts here instead of the bundle's limit"
+    )
     command.add_argument("--low-memory", action="store_true", help="keep weights in the page cache; somewhat slower")
     command.add_argument(
         "--allow-role-tokens", action="store_true", help="leave role tokens inside message contents as they are"
@@ -165,6 +174,8 @@ def _export(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         golden=arguments.golden,
         calibration=arguments.calibration,
+        max_tokens=arguments.max_tokens,
+        golden_limit=arguments.golden_limit,
         allow_drift=arguments.allow_drift,
         progress=True,
     )
@@ -239,6 +250,7 @@ def _classify(arguments: argparse.Namespace) -> int:
         provider=arguments.provider,
         variant=arguments.variant,
         workers=workers,
+        max_tokens=arguments.max_tokens,
         low_memory=arguments.low_memory,
     )
     failed = scored = 0

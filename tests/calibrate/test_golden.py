@@ -59,7 +59,10 @@ def test_a_plain_list_of_texts(tmp_path):
     ("raw", "said"),
     [
         (b"", "holds no texts"),
-        (b'{"text": "a"}\n{"x": 1}', "line 2: needs exactly one of `text` or `messages`; has: x"),
+        (
+            b'{"text": "a"}\n{"x": 1}',
+            "line 2: needs exactly one of `text`, `messages`, or `prompt` and `response`; has: x",
+        ),
         (b'{"text": "a"}\n{', "line 2"),
         (b"[]", "line 1: not a JSON object"),
         (b"\xff", "not UTF-8"),
