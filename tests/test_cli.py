@@ -85,7 +85,7 @@ def test_bad_lines_are_reported_and_the_rest_is_scored(bert_bundle, tmp_path):
         (["inspect", "nowhere"], 3, "no bundle at nowhere"),
         (["verify", "nowhere"], 3, "no bundle at nowhere"),
         (["export", "refusal", "-o", "{tmp}/b", "--profile", "refusl"], 2, "Did you mean 'refusal'"),
-        (["export", "news-bias", "-o", "{tmp}/b"], 2, "profile 'news-bias' is planned"),
+        (["export", "political-leaning", "-o", "{tmp}/b"], 2, "profile 'political-leaning' is planned"),
         (["export", "{tmp}", "-o", "{tmp}/b"], 3, "holds no config.json"),
         (["export", "not-a-source", "-o", "{tmp}/b"], 2, "neither a profile"),
         (["export", "refusal-tiny", "-o", "{tmp}"], 2, "is not a bundle"),

@@ -47,7 +47,7 @@ def test_the_certificate_says_what_was_measured(bert_bundle):
     assert fp32["drift"]["texts"] == 60 and fp32["drift"]["max_abs_dp"] < 5e-6
     assert fp32["drift"]["agreement_low"] == pytest.approx(60 / (60 + 1.959964**2))
     assert parity["variants"]["cpu-int8"]["drift"]["noise_ratio"] > 0
-    assert parity["variants"]["cpu-int8"]["invariance"] == {"neighbours": pytest.approx(0, abs=1e-6), "workers": 0.0}
+    assert parity["variants"]["cpu-int8"]["invariance"] == {"neighbours": pytest.approx(0, abs=1e-6), "workers": 0.0, "prefix": None}
     assert parity["reference"]["dtype"] == "float32" and parity["reference"]["torch"].startswith("2.")
     for key in ("onnxruntime", "cpu", "threads", "int8_flags", "python", "numpy"):
         assert key in parity["environment"]
@@ -90,10 +90,10 @@ def test_a_variant_that_drifts_fails_and_leaves_nothing(
     bert_checkpoint, bert_bundle, texts_files, tmp_path, monkeypatch
 ):
     """Break the int8 weights on purpose: the gate must see it, say the numbers, and write nothing."""
-    import samescore.export.graphs.blocks as blocks
+    import samescore.export.graphs.linears as linears
 
-    original = blocks.quantize_columns
-    monkeypatch.setattr(blocks, "quantize_columns", lambda w: (np.roll(original(w)[0], 1, axis=0), original(w)[1]))
+    original = linears.quantize_columns
+    monkeypatch.setattr(linears, "quantize_columns", lambda w: (np.roll(original(w)[0], 1, axis=0), original(w)[1]))
     output = tmp_path / "bundle"
     settings = {"profile": "refusal", "golden": bert_bundle / "golden.jsonl", "calibration": texts_files[1]}
     with pytest.raises(GateError, match=r"cpu-int8: max_abs_dp .* > 5e-02.*Nothing was written"):
