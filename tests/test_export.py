@@ -47,7 +47,11 @@ def test_the_certificate_says_what_was_measured(bert_bundle):
     assert fp32["drift"]["texts"] == 60 and fp32["drift"]["max_abs_dp"] < 5e-6
     assert fp32["drift"]["agreement_low"] == pytest.approx(60 / (60 + 1.959964**2))
     assert parity["variants"]["cpu-int8"]["drift"]["noise_ratio"] > 0
-    assert parity["variants"]["cpu-int8"]["invariance"] == {"neighbours": pytest.approx(0, abs=1e-6), "workers": 0.0, "prefix": None}
+    assert parity["variants"]["cpu-int8"]["invariance"] == {
+        "neighbours": pytest.approx(0, abs=1e-6),
+        "workers": 0.0,
+        "prefix": None,
+    }
     assert parity["reference"]["dtype"] == "float32" and parity["reference"]["torch"].startswith("2.")
     for key in ("onnxruntime", "cpu", "threads", "int8_flags", "python", "numpy"):
         assert key in parity["environment"]
