@@ -20,7 +20,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TUNED_BLOCKS, RANK, ALPHA = 6, 8, 16
-BATCH, MAX_TOKENS, SEED = 12, 320, 0
+BATCH, MAX_TOKENS, SEED = 8, 320, 0
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Recipe:
     rate: float
 
 
-ERA = Recipe(llama_texts.ERAS, llama_texts.era_examples, train=720, heldout=180, epochs=2, smoothing=0.12, rate=3e-4)
+ERA = Recipe(llama_texts.ERAS, llama_texts.era_examples, train=300, heldout=120, epochs=2, smoothing=0.12, rate=5e-4)
 FRAMING = Recipe(
-    llama_texts.PARTIES, llama_texts.framing_examples, train=960, heldout=200, epochs=2, smoothing=0.1, rate=3e-4
+    llama_texts.PARTIES, llama_texts.framing_examples, train=360, heldout=120, epochs=2, smoothing=0.1, rate=5e-4
 )
 Batch = tuple[Any, Any, Any]  # states [texts, width, hidden], index of each last token, label
 

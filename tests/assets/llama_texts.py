@@ -26,7 +26,7 @@ PROMPTS = (
 )
 TEMPLATE = "PROMPT: {prompt}\nRESPONSE: {response}\n"
 ERAS = ("before 1900", "1900-1970", "after 1970")
-PARTIES = ("Democratic", "Republican")
+PARTIES, PARTIES_SINCE = ("Democratic", "Republican"), 1930
 LIMIT = 2048
 # How many speech passages of how many tokens (drawn evenly on a logarithmic scale), and exact lengths around the limit.
 SPREAD = {
@@ -84,8 +84,8 @@ def speeches(assets: Path) -> dict[str, list[Speech]]:
 
 
 def _words(chance: random.Random) -> int:
-    """Mostly 25 to 190 words (30 to 250 tokens); one passage in twenty is longer."""
-    low, high = (25, 190) if chance.random() < 0.95 else (190, 280)
+    """Mostly 22 to 150 words (30 to 200 tokens); one passage in twenty is longer."""
+    low, high = (22, 150) if chance.random() < 0.95 else (150, 250)
     return round(math.exp(chance.uniform(math.log(low), math.log(high))))
 
 
@@ -105,7 +105,7 @@ def framing_examples(assets: Path, share: str, count: int) -> list[tuple[str, in
     found = []
     for index in range(count):
         party = PARTIES[index % len(PARTIES)]
-        speech = chance.choice([s for s in speeches_of(assets, share) if s.party == party])
+        speech = chance.choice([s for s in speeches_of(assets, share) if s.party == party and s.year >= PARTIES_SINCE])
         response = speech.passage(chance, _words(chance))
         found.append((TEMPLATE.format(prompt=chance.choice(PROMPTS), response=response), index % len(PARTIES)))
     return found
