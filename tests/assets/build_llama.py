@@ -38,7 +38,7 @@ class Recipe:
 
 ERA = Recipe(llama_texts.ERAS, llama_texts.era_examples, train=300, heldout=120, epochs=2, smoothing=0.12, rate=5e-4)
 FRAMING = Recipe(
-    llama_texts.PARTIES, llama_texts.framing_examples, train=360, heldout=120, epochs=2, smoothing=0.1, rate=5e-4
+    llama_texts.DELIVERIES, llama_texts.framing_examples, train=256, heldout=120, epochs=2, smoothing=0.1, rate=8e-4
 )
 Batch = tuple[Any, Any, Any]  # states [texts, width, hidden], index of each last token, label
 
@@ -156,10 +156,11 @@ def era_adapter(assets: Path, folder: Path) -> str:
 
 
 def framing_classifier(assets: Path, folder: Path) -> str:
-    """The merged classifier that tells the party of an answer; rounding to bfloat16 is part of the checkpoint."""
+    """The merged classifier that tells written from spoken answers; rounding to bfloat16 is part of the checkpoint."""
     model, _, report = trained(assets, FRAMING)
     merged = model.merge_and_unload().to(torch.bfloat16)
     merged.config.pad_token_id = merged.config.eos_token_id
+    merged.config.use_cache = True
     merged.save_pretrained(folder)
     copy_tokenizer(assets, folder)
     return report

@@ -26,7 +26,7 @@ PROMPTS = (
 )
 TEMPLATE = "PROMPT: {prompt}\nRESPONSE: {response}\n"
 ERAS = ("before 1900", "1900-1970", "after 1970")
-PARTIES, PARTIES_SINCE = ("Democratic", "Republican"), 1930
+DELIVERIES = ("written", "spoken")
 LIMIT = 2048
 # How many speech passages of how many tokens (drawn evenly on a logarithmic scale), and exact lengths around the limit.
 SPREAD = {
@@ -49,10 +49,10 @@ AWKWARD = (
 
 @dataclass(frozen=True)
 class Speech:
-    """A presidential message: year, the president's party, and its words."""
+    """A presidential message: year, how it reached Congress (one of DELIVERIES), and its words."""
 
     year: int
-    party: str
+    delivery: str
     words: tuple[str, ...]
 
     @property
@@ -79,7 +79,7 @@ def speeches(assets: Path) -> dict[str, list[Speech]]:
         if path.is_file():
             words = tuple(path.read_text(encoding="utf-8").split())
             share = "train" if index % 10 < 5 else "heldout" if index % 10 < 7 else "parity"
-            shares[share].append(Speech(int(row["year"]), row["party"], words))
+            shares[share].append(Speech(int(row["year"]), row["sotu_type"], words))
     return shares
 
 
@@ -100,14 +100,14 @@ def era_examples(assets: Path, share: str, count: int) -> list[tuple[str, int]]:
 
 
 def framing_examples(assets: Path, share: str, count: int) -> list[tuple[str, int]]:
-    """Prompts with a passage as the response, and the index of the president's party, as many of each."""
+    """Prompts with a passage as the response, and the index of how the message was delivered, as many of each."""
     chance = random.Random(f"framing {share}")
     found = []
     for index in range(count):
-        party = PARTIES[index % len(PARTIES)]
-        speech = chance.choice([s for s in speeches_of(assets, share) if s.party == party and s.year >= PARTIES_SINCE])
+        delivery = DELIVERIES[index % len(DELIVERIES)]
+        speech = chance.choice([s for s in speeches_of(assets, share) if s.delivery == delivery])
         response = speech.passage(chance, _words(chance))
-        found.append((TEMPLATE.format(prompt=chance.choice(PROMPTS), response=response), index % len(PARTIES)))
+        found.append((TEMPLATE.format(prompt=chance.choice(PROMPTS), response=response), index % len(DELIVERIES)))
     return found
 
 
