@@ -74,12 +74,9 @@ class Checkpoint:
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels in the order of the logits, from `id2label` (or LABEL_0 … as transformers names them)."""
-        id2label = self.config.get("id2label")
-        if isinstance(id2label, dict) and id2label:
-            by_index = {int(index): str(label) for index, label in id2label.items()}
-            if sorted(by_index) != list(range(len(by_index))):
-                raise CheckpointError(f"{self.folder}: config.json's id2label has gaps: {sorted(by_index)}")
-            return tuple(by_index[index] for index in range(len(by_index)))
+        named = labels_of(self.folder, self.config)
+        if named:
+            return named
         return tuple(f"LABEL_{index}" for index in range(int(self.config.get("num_labels", 2))))
 
     @property
@@ -107,6 +104,10 @@ class Checkpoint:
     def names(self) -> list[str]:
         """All tensor names."""
         return list(self._stored)
+
+    def stored(self) -> dict[str, Stored]:
+        """Where each tensor lies, by its name."""
+        return dict(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
@@ -174,6 +175,17 @@ class Checkpoint:
                 ".save_pretrained(NEW_FOLDER, safe_serialization=True)"
             )
         return f"{self.folder} holds no *.safetensors"
+
+
+def labels_of(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    """The labels of a config's `id2label` in the order of the logits; none when it has none."""
+    id2label = config.get("id2label")
+    if not isinstance(id2label, dict):
+        return ()
+    by_index = {int(index): str(label) for index, label in id2label.items()}
+    if sorted(by_index) != list(range(len(by_index))):
+        raise CheckpointError(f"{folder}: config.json's id2label has gaps: {sorted(by_index)}")
+    return tuple(by_index[index] for index in range(len(by_index)))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ system user assistant numbers 0 1 2 3 4 5 6 7 8 9 < | > . , ! ? ' "
 def pytest_report_header() -> list[str]:
     from importlib import metadata
 
-    names = ("numpy", "onnxruntime", "tokenizers", "onnx-ir", "torch", "transformers")
+    names = ("numpy", "onnxruntime", "tokenizers", "onnx-ir", "torch", "transformers", "peft")
     found = []
     for name in names:
         try:
