@@ -202,6 +202,11 @@ class AdaptedCheckpoint(Checkpoint):
             yield _folded(block, left[start:stop], right, delta.scaling)
             start = stop
 
+    def adapter_keys(self) -> set[str]:
+        """The adapter's own keys, as PEFT writes them today (older versions put `modules_to_save.default` into them)."""
+        keys = set(_shapes(self.folder / WEIGHTS_NAME))
+        return keys | {f"base_model.model.{name}" for name in self.supplied}
+
     def sha256(self) -> str:
         """Digest of the base, the adapter and the tokenizer in use."""
         outer = hashlib.sha256(f"base {self.base.sha256()}\n".encode())
