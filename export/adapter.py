@@ -354,24 +354,24 @@ def _refuse_others(folder: Path, config: Mapping[str, Any]) -> None:
     """CheckpointError for what is not LoRA, or not the plain kind, by the name that PEFT gives it."""
     kind, task = str(config.get("peft_type")), config.get("task_type")
     if kind != "LORA":
-        raise CheckpointError(f"{folder} is a PEFT adapter of type {kind}; samescore folds LORA only. {_MERGE}")
+        raise CheckpointError(f"{folder} is a PEFT adapter of type {kind}; samescore folds LORA only. {MERGE_FIRST}")
     if task not in (None, "SEQ_CLS"):
         raise CheckpointError(f"{folder} is an adapter for {task}; samescore exports sequence classifiers (SEQ_CLS)")
     for key, what in VARIANTS.items():
         if config.get(key):
-            raise CheckpointError(f"{folder} uses {what} ({key}), which is not plain LoRA. {_MERGE}")
+            raise CheckpointError(f"{folder} uses {what} ({key}), which is not plain LoRA. {MERGE_FIRST}")
     if config.get("bias", "none") != "none":
         raise CheckpointError(
-            f"{folder} trained biases too (bias={config['bias']!r}); samescore folds bias='none'. {_MERGE}"
+            f"{folder} trained biases too (bias={config['bias']!r}); samescore folds bias='none'. {MERGE_FIRST}"
         )
     init = config.get("init_lora_weights", True)
     if init not in HARMLESS_INITS:
         raise CheckpointError(
-            f"{folder} was begun with init_lora_weights={init!r}, which changes the base's weights as well. {_MERGE}"
+            f"{folder} was begun with init_lora_weights={init!r}, which changes the base's weights as well. {MERGE_FIRST}"
         )
 
 
-_MERGE = (
+MERGE_FIRST = (
     "Merge it with PEFT, and export the result: PeftModel.from_pretrained(MODEL, ADAPTER).merge_and_unload()"
     ".save_pretrained(FOLDER)"
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from samescore.export.adapter import MERGE_FIRST, AdaptedCheckpoint
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.quantize import ChannelStatistics
 from samescore.export.recipes import Recipe, VariantSpec
@@ -38,6 +39,14 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture | None:
         if checkpoint.architecture == architecture.class_name:
             return architecture
     return None
+
+
+def check_buildable(checkpoint: Checkpoint) -> None:
+    """CheckpointError for an adapter of an architecture without a hand-built graph: tracing would see its base alone."""
+    if isinstance(checkpoint, AdaptedCheckpoint) and architecture_of(checkpoint) is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} is an adapter for {checkpoint.architecture}, which has no hand-built graph. {MERGE_FIRST}"
+        )
 
 
 def build_graph(
@@ -90,6 +99,7 @@ def build_variant(
 
 def _build_generic(checkpoint: Checkpoint, spec: VariantSpec, folder: Path) -> Variant:
     """Any other classifier, traced by transformers: float32 on the CPU only."""
+    check_buildable(checkpoint)
     if spec.name != "cpu-fp32":
         raise CheckpointError(
             f"{checkpoint.architecture} has no hand-built graph, so only the variant cpu-fp32 can be made of it, not {spec.name}"

@@ -2,17 +2,25 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import warnings
 
 import numpy as np
 import pytest
 
+from samescore import export_bundle, load, verify
+from samescore.adapted import AdapterOptions
 from samescore.calibrate.reference import load_reference, reference_logits
+from samescore.export import build
 from samescore.export import checkpoint as checkpoint_module
 from samescore.export.adapter import AdaptedCheckpoint, AdapterConfig, adapters_below, is_adapter
 from samescore.export.checkpoint import Checkpoint
-from samescore.runtime.errors import CheckpointError, MissingDependencyError
+from samescore.export.profiles import contract_for
+from samescore.exporting import open_source
+from samescore.runtime.errors import CheckpointError, MissingDependencyError, UsageError
+from samescore.runtime.manifest import BaseSource
+from samescore.runtime.tokenizer import TextEncoder
 
 from ..conftest import tiny_adapter, tiny_bert, tiny_llama, train_tokenizer
 
@@ -367,3 +375,118 @@ def test_the_reference_refuses_what_would_be_random(llama_base, plain, tmp_path)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks model\.norm\.weight: transformers would fill"):
         load_reference(adapted(base, plain))
+
+
+def opened(source, **options):
+    return open_source(source, profile=None, revision=None, adapter=AdapterOptions(**options), progress=False)
+
+
+def test_an_adapter_folder_and_the_base_it_names(llama_base, adapter):
+    source, checkpoint, facts = opened(adapter)
+    assert isinstance(checkpoint, AdaptedCheckpoint) and facts is None
+    assert (source.kind, source.name, source.sha256) == ("folder", "adapter", checkpoint.sha256())
+    assert source.base == BaseSource("folder", "base", None, Checkpoint(llama_base).sha256())
+    assert source.notes == checkpoint.notes
+    named = opened(adapter, labels=("a", "b", "c"))[1]
+    assert named.labels == ("a", "b", "c")
+
+
+def test_relative_bases(llama_base, tmp_path, monkeypatch):
+    """PEFT writes the base as it was given to transformers."""
+    shutil.copytree(llama_base, tmp_path / "models" / "base")
+    monkeypatch.chdir(tmp_path / "models")
+    folder = tiny_adapter("base", tmp_path / "models" / "run")
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert opened(folder)[0].base.name == "base"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"'base', which is neither a folder here nor a hub id.*--base FOLDER or HUB_ID"
+    ):
+        opened(folder)
+    assert opened(folder, base="models/base")[0].base.name == "base"
+    edit(folder, base_model_name_or_path="../base")
+    assert opened(folder)[0].base.name == "base"
+
+
+def test_adapters_in_subfolders(llama_base, plain, tmp_path):
+    run = tmp_path / "run"
+    for name in ("checkpoint-1000", "checkpoint-500"):
+        shutil.copytree(plain, run / name)
+    assert opened(run, subfolder="checkpoint-500/")[0].name == "run/checkpoint-500"
+    with pytest.raises(
+        UsageError, match="adapters in checkpoint-500, checkpoint-1000: name one with --adapter-subfolder"
+    ):
+        opened(run)
+    with pytest.raises(UsageError, match=r"checkpoint-7 holds no adapter_config\.json; .* in checkpoint-500"):
+        opened(run, subfolder="checkpoint-7")
+
+
+def test_what_is_no_adapter_takes_no_base(bert_checkpoint, llama_base, plain, adapter):
+    with pytest.raises(UsageError, match="is no adapter"):
+        opened(bert_checkpoint, base=llama_base)
+    with pytest.raises(UsageError, match=r"holds no adapter_config\.json"):
+        opened("refusal-tiny", subfolder="checkpoint-1")
+    with pytest.raises(CheckpointError, match="is itself an adapter"):
+        opened(adapter, base=plain)
+    edit(adapter, base_model_name_or_path=None)
+    with pytest.raises(UsageError, match="names no base"):
+        opened(adapter)
+
+
+def test_without_a_graph_an_adapter_is_not_traced(adapter, tmp_path, monkeypatch):
+    """Tracing would read the base's folder alone."""
+    monkeypatch.setattr(build, "architecture_of", lambda checkpoint: None)
+    with pytest.raises(
+        CheckpointError, match="LlamaForSequenceClassification, which has no hand-built graph. Merge it"
+    ):
+        export_bundle(adapter, tmp_path / "bundle", variants=["cpu-fp32"])
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.fixture(scope="module")
+def bert_adapter(bert_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert-adapter") / "run" / "checkpoint-9"
+    targets = ["query", "value", "word_embeddings", "intermediate.dense"]
+    tiny_adapter(bert_checkpoint, folder, 3, target_modules=targets, modules_to_save=["classifier"], use_rslora=True)
+    edit(folder, "config.json", id2label={"0": "Left", "1": "Center", "2": "Right"})
+    (folder / "README.md").write_text("# The adapter's card")
+    return folder
+
+
+def samescore(*arguments):
+    command = [sys.executable, "-m", "samescore", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_an_adapter_from_end_to_end(bert_checkpoint, bert_adapter, texts_files, tmp_path):
+    bundle = tmp_path / "bundle"
+    options = ["--adapter-subfolder", "checkpoint-9", "--base", bert_checkpoint, "--golden", texts_files[0]]
+    options += ["--calibration", texts_files[1], "--variant", "cpu-fp32", "--variant", "migraphx-fp16"]
+    done = samescore("export", bert_adapter.parent, "-o", bundle, *options)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    assert manifest["source"]["name"] == "run/checkpoint-9" and manifest["labels"] == ["Left", "Center", "Right"]
+    assert manifest["source"]["base"]["sha256"] == Checkpoint(bert_checkpoint).sha256()
+    parity = json.loads((bundle / "parity.json").read_text())
+    assert all(variant["verdict"]["passed"] for variant in parity["variants"].values())
+    assert parity["variants"]["cpu-fp32"]["drift"]["max_abs_dp"] < 1e-5
+    card = (bundle / "README.md").read_text()
+    assert "folder `run/checkpoint-9`" in card and "LoRA adapter on the base\nfolder `checkpoint`" in card
+    assert "does not record whether its base was quantized" in card and str(tmp_path) not in card
+    assert (bundle / "SOURCE_CARD.md").read_text() == "# The adapter's card"
+    said = samescore("inspect", bundle).stdout
+    assert "source      folder run/checkpoint-9\nbase        folder checkpoint\nnote        adapter_config" in said
+
+
+def test_a_bundle_of_an_adapter_is_verified_against_the_adapter(bert_checkpoint, bert_adapter, texts_files, tmp_path):
+    bundle = tmp_path / "bundle"
+    export_bundle(bert_adapter, bundle, variants=["cpu-fp32"], golden=texts_files[0])
+    for base in (None, bert_checkpoint):
+        result = verify(bundle, reference=bert_adapter, base=base)
+        assert result.passed and result.note is None
+    with pytest.raises(UsageError, match="name the adapter with --reference"):
+        verify(bundle, base=bert_checkpoint)
+    checkpoint = adapted(bert_checkpoint, bert_adapter)
+    encoder = TextEncoder(checkpoint.tokenizer_bytes(), contract_for(checkpoint, None))
+    expected = reference_logits(checkpoint, [encoder.encode("the model refuses").input_ids])[0]
+    np.testing.assert_allclose(load(bundle)("the model refuses").logits, expected, atol=1e-5)
