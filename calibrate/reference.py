@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from samescore.calibrate.golden import GoldenSet, ReferenceInfo, with_logits
 from samescore.calibrate.metrics import measure
-from samescore.export.adapter import AdaptedCheckpoint
+from samescore.export.adapter import CONFIG_NAME, AdaptedCheckpoint
 from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.errors import CheckpointError, MissingDependencyError
 
@@ -123,6 +123,12 @@ def _load_adapted(checkpoint: AdaptedCheckpoint, dtype: DType) -> Any:
 
 def _load_classifier(folder: Path, dtype: DType, **options: Any) -> tuple[Any, set[str]]:
     """The transformers model, and the names of the weights that it had to invent."""
+    if (folder / CONFIG_NAME).is_file():
+        # transformers would load the adapter unasked, and does not find it.
+        raise CheckpointError(
+            f"{folder} is a whole checkpoint, but holds an {CONFIG_NAME} that belongs to no adapter there: copy the folder "
+            "without that file, and export the copy"
+        )
     torch = import_torch()
     from transformers import AutoModelForSequenceClassification
 

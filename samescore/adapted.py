@@ -76,7 +76,8 @@ def _open_base(
         snapshot = fetch(name, revision, progress=progress)
     except CheckpointError as error:
         raise CheckpointError(
-            f"the base {name} of the adapter {folder.name} could not be fetched: {error}. If you have it in a folder: --base FOLDER"
+            f"the base {name} of the adapter {folder.name} could not be fetched: {error}. "
+            "If you have it in a folder: --base FOLDER"
         ) from error
     checkpoint = _whole(snapshot.folder)
     return checkpoint, BaseSource("hub", name, snapshot.revision, checkpoint.sha256())

@@ -490,3 +490,12 @@ def test_a_bundle_of_an_adapter_is_verified_against_the_adapter(bert_checkpoint,
     encoder = TextEncoder(checkpoint.tokenizer_bytes(), contract_for(checkpoint, None))
     expected = reference_logits(checkpoint, [encoder.encode("the model refuses").input_ids])[0]
     np.testing.assert_allclose(load(bundle)("the model refuses").logits, expected, atol=1e-5)
+
+
+def test_a_merged_checkpoint_that_kept_its_adapter_config_is_no_reference(bert_checkpoint, bert_adapter, tmp_path):
+    merged = shutil.copytree(bert_checkpoint, tmp_path / "merged")
+    shutil.copy(bert_adapter / "adapter_config.json", merged)
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config\.json that belongs to no adapter there: copy the folder"
+    ):
+        reference_logits(Checkpoint(merged), sequences(1))
