@@ -50,9 +50,10 @@ class TorchScorer:
         import torch
 
         from samescore.calibrate.reference import load_reference
+        from samescore.export.checkpoint import Checkpoint
 
         self.torch = torch
-        self.model = load_reference(checkpoint, dtype=dtype)
+        self.model = load_reference(Checkpoint(checkpoint), dtype=dtype)
 
     def one(self, ids: Any) -> None:
         """One text."""

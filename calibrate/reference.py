@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from samescore.calibrate.golden import GoldenSet, ReferenceInfo, with_logits
 from samescore.calibrate.metrics import measure
+from samescore.export.adapter import CONFIG_NAME, AdaptedCheckpoint
 from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.errors import CheckpointError, MissingDependencyError
 
@@ -39,6 +40,19 @@ def import_torch() -> Any:
     return torch
 
 
+def import_peft() -> Any:
+    """peft, or MissingDependencyError naming the extra."""
+    import_torch()
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the reference of an adapter is PEFT itself, which needs {error.name}: pip install 'samescore[calibrate]', or "
+            "hand in a golden set that already holds reference logits (--golden)"
+        ) from error
+    return peft
+
+
 def reference_versions() -> tuple[str, str]:
     """The versions of torch and transformers."""
     torch = import_torch()
@@ -48,7 +62,7 @@ def reference_versions() -> tuple[str, str]:
 
 
 def reference_logits(
-    folder: Path,
+    checkpoint: Checkpoint,
     input_ids: Sequence[npt.NDArray[np.int64]],
     *,
     dtype: DType = "float32",
@@ -59,7 +73,7 @@ def reference_logits(
     CheckpointError when the checkpoint lacks weights (transformers would invent random ones).
     """
     torch = import_torch()
-    model = load_reference(folder, dtype=dtype)
+    model = load_reference(checkpoint, dtype=dtype)
     rows = []
     with torch.inference_mode():
         for ids in input_ids:
@@ -72,8 +86,49 @@ def reference_logits(
     return np.stack(rows).astype(np.float32)
 
 
-def load_reference(folder: Path, *, dtype: DType = "float32") -> Any:
-    """The transformers model in evaluation mode, from local safetensors only."""
+def load_reference(checkpoint: Checkpoint, *, dtype: DType = "float32") -> Any:
+    """The transformers model in evaluation mode, from local safetensors only; an adapter is PEFT's, on and not merged."""
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        return _load_adapted(checkpoint, dtype)
+    model, missing = _load_classifier(checkpoint.folder, dtype)
+    if missing:
+        raise _random(checkpoint.folder, missing)
+    return model.eval()
+
+
+def _load_adapted(checkpoint: AdaptedCheckpoint, dtype: DType) -> Any:
+    """PEFT's model: the base in transformers, and the adapter beside its layers."""
+    peft = import_peft()
+    model, missing = _load_classifier(
+        checkpoint.base.folder, dtype, num_labels=len(checkpoint.labels), ignore_mismatched_sizes=True
+    )
+    # The base has no head of its own, or one for other labels: only what the adapter supplies may be missing.
+    if invented := missing - checkpoint.supplied:
+        raise _random(checkpoint.base.folder, invented)
+    try:
+        with _quiet():
+            # Without the cast everything runs in `dtype`, as the base does.
+            adapted = peft.PeftModel.from_pretrained(
+                model, checkpoint.folder, torch_device="cpu", autocast_adapter_dtype=False
+            )
+            loaded = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"PEFT {peft.__version__} cannot load {checkpoint.folder} onto {checkpoint.base.folder}: {error}"
+        ) from error
+    if unloaded := loaded.keys() - checkpoint.adapter_keys():
+        raise _random(checkpoint.folder, unloaded)
+    return adapted.eval()
+
+
+def _load_classifier(folder: Path, dtype: DType, **options: Any) -> tuple[Any, set[str]]:
+    """The transformers model, and the names of the weights that it had to invent."""
+    if (folder / CONFIG_NAME).is_file():
+        # transformers would load the adapter unasked, and does not find it.
+        raise CheckpointError(
+            f"{folder} is a whole checkpoint, but holds an {CONFIG_NAME} that belongs to no adapter there: copy the folder "
+            "without that file, and export the copy"
+        )
     torch = import_torch()
     from transformers import AutoModelForSequenceClassification
 
@@ -85,12 +140,15 @@ def load_reference(folder: Path, *, dtype: DType = "float32") -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"{folder} lacks {', '.join(missing)}: transformers would fill them with random numbers, so it is no reference"
-        )
-    return model.eval()
+    return model, {*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])}
+
+
+def _random(folder: Path, missing: set[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} lacks {', '.join(sorted(missing))}: transformers would fill them with random numbers, so it is no reference"
+    )
 
 
 def add_reference(golden: GoldenSet, checkpoint: Checkpoint, report: Reporter, *, yardstick: bool = False) -> GoldenSet:
@@ -98,11 +156,11 @@ def add_reference(golden: GoldenSet, checkpoint: Checkpoint, report: Reporter, *
     import_torch()
     ids = golden.input_ids()
     with report(f"PyTorch float32 reference on {len(ids)} texts", len(ids)) as tick:
-        logits = reference_logits(checkpoint.folder, ids, progress=tick)
+        logits = reference_logits(checkpoint, ids, progress=tick)
     noise = None
     if yardstick:
         with report(f"PyTorch bfloat16 on {len(ids)} texts (the yardstick)", len(ids)) as tick:
-            bf16 = reference_logits(checkpoint.folder, ids, dtype="bfloat16", progress=tick)
+            bf16 = reference_logits(checkpoint, ids, dtype="bfloat16", progress=tick)
         noise = measure(logits, bf16, checkpoint.labels, checkpoint.activation)
     torch_version, transformers_version = reference_versions()
     info = ReferenceInfo(

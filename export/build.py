@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from samescore.export.adapter import MERGE_FIRST, AdaptedCheckpoint
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.quantize import ChannelStatistics
 from samescore.export.recipes import Recipe, VariantSpec
-from samescore.runtime.errors import MissingDependencyError, UsageError
+from samescore.runtime.errors import CheckpointError, MissingDependencyError, UsageError
 from samescore.runtime.manifest import Variant
 
 Statistics = Mapping[str, ChannelStatistics]
@@ -59,6 +60,14 @@ def check_variant(checkpoint: Checkpoint, spec: VariantSpec) -> None:
         why = "" if architecture else " (it has no hand-built graph)"
         raise UsageError(
             f"{checkpoint.architecture} cannot be exported as {spec.name}{why}; its variants are {', '.join(offered)}"
+        )
+
+
+def check_buildable(checkpoint: Checkpoint) -> None:
+    """CheckpointError for an adapter of an architecture without a hand-built graph: tracing would see its base alone."""
+    if isinstance(checkpoint, AdaptedCheckpoint) and architecture_of(checkpoint) is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} is an adapter for {checkpoint.architecture}, which has no hand-built graph. {MERGE_FIRST}"
         )
 
 
@@ -123,6 +132,7 @@ def build_variant(
 
 def _build_generic(checkpoint: Checkpoint, spec: VariantSpec, folder: Path) -> Variant:
     """Any other classifier, traced by transformers: float32 on the CPU only."""
+    check_buildable(checkpoint)
     from samescore.export.generic import export_generic
 
     graph = export_generic(checkpoint.folder, folder)

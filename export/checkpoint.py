@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,13 @@ CHUNK_BYTES = 32 * 1024 * 1024
 FloatArray = npt.NDArray[np.float32]
 
 
+class Stored(NamedTuple):
+    """Where a tensor lies: a safetensors file, and the tensor's name there."""
+
+    path: Path
+    key: str
+
+
 class Checkpoint:
     """One checkpoint folder. CheckpointError names what is missing and how to make it.
 
@@ -51,7 +58,7 @@ class Checkpoint:
                 f"{self.folder} holds no tokenizer.json (a fast tokenizer). Make one: "
                 "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
-        self._files = self._tensor_files()
+        self._stored = self._find_tensors()
 
     @property
     def model_type(self) -> str:
@@ -67,12 +74,9 @@ class Checkpoint:
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels in the order of the logits, from `id2label` (or LABEL_0 … as transformers names them)."""
-        id2label = self.config.get("id2label")
-        if isinstance(id2label, dict) and id2label:
-            by_index = {int(index): str(label) for index, label in id2label.items()}
-            if sorted(by_index) != list(range(len(by_index))):
-                raise CheckpointError(f"{self.folder}: config.json's id2label has gaps: {sorted(by_index)}")
-            return tuple(by_index[index] for index in range(len(by_index)))
+        named = labels_of(self.folder, self.config)
+        if named:
+            return named
         return tuple(f"LABEL_{index}" for index in range(int(self.config.get("num_labels", 2))))
 
     @property
@@ -99,22 +103,25 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """All tensor names."""
-        return list(self._files)
+        return list(self._stored)
+
+    def stored(self) -> dict[str, Stored]:
+        """Where each tensor lies, by its name."""
+        return dict(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        with self._open(name) as file:
-            return tuple(file.get_slice(name).get_shape())
+        return stored_shape(self._where(name))
 
     def tensor(self, name: str) -> FloatArray:
         """A whole tensor as float32, whatever it is stored as."""
-        with self._open(name) as file:
-            return np.ascontiguousarray(file.get_tensor(name), dtype=np.float32)
+        return stored_tensor(self._where(name))
 
     def row_chunks(self, name: str) -> Iterator[FloatArray]:
         """A matrix as float32 blocks of rows, so that a large table is never whole in memory."""
-        with self._open(name) as file:
-            view = file.get_slice(name)
+        path, key = self._where(name)
+        with open_safetensors(path) as file:
+            view = file.get_slice(key)
             rows, columns = view.get_shape()
             step = max(1, CHUNK_BYTES // (4 * columns))
             for start in range(0, rows, step):
@@ -123,48 +130,40 @@ class Checkpoint:
     def sha256(self) -> str:
         """Digest of config, tokenizer and weights: which checkpoint reference numbers belong to."""
         outer = hashlib.sha256()
-        for name in sorted({"config.json", "tokenizer.json", *self._files.values()}):
-            with (self.folder / name).open("rb") as file:
-                outer.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        for name in sorted({"config.json", "tokenizer.json", *(stored.path.name for stored in self._stored.values())}):
+            outer.update(f"{name} {file_sha256(self.folder / name)}\n".encode())
         return outer.hexdigest()
 
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
+    def _where(self, name: str) -> Stored:
+        if name not in self._stored:
             raise CheckpointError(
                 f"{self.folder} holds no tensor {name!r}: it is not a {self.model_type} classifier, or incomplete"
             )
-        return _open_safetensors(self.folder / self._files[name])
+        return self._stored[name]
 
     def _json(self, name: str, *, required: bool) -> dict[str, Any]:
         path = self.folder / name
-        if not path.is_file():
-            if required:
-                raise CheckpointError(f"{self.folder} is no checkpoint: it holds no {name}")
-            return {}
-        try:
-            document = json.loads(path.read_bytes())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} is not JSON: {error}") from error
-        if not isinstance(document, dict):
-            raise CheckpointError(f"{path} is not a JSON object")
-        return document
+        if required and not path.is_file():
+            raise CheckpointError(f"{self.folder} is no checkpoint: it holds no {name}")
+        return read_json(path)
 
-    def _tensor_files(self) -> dict[str, str]:
-        """Tensor name → safetensors file name, from the index or by reading every file's header."""
+    def _find_tensors(self) -> dict[str, Stored]:
+        """Where each tensor lies, from the index or by reading every file's header."""
         index = self._json(INDEX_NAME, required=False)
         if index:
             files = {str(tensor): str(file) for tensor, file in index.get("weight_map", {}).items()}
             for file in sorted(set(files.values())):
                 if "/" in file or not (self.folder / file).is_file():
                     raise CheckpointError(f"{self.folder} lacks {file}, which {INDEX_NAME} lists")
-            return files
+            return {tensor: Stored(self.folder / file, tensor) for tensor, file in files.items()}
         present = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not present:
             raise CheckpointError(self._no_weights())
-        tensors: dict[str, str] = {}
+        tensors: dict[str, Stored] = {}
         for file in present:
-            with _open_safetensors(self.folder / file) as opened:
-                tensors.update(dict.fromkeys(opened.keys(), file))
+            path = self.folder / file
+            with open_safetensors(path) as opened:
+                tensors.update((key, Stored(path, key)) for key in opened.keys())  # noqa: SIM118
         return tensors
 
     def _no_weights(self) -> str:
@@ -178,7 +177,49 @@ class Checkpoint:
         return f"{self.folder} holds no *.safetensors"
 
 
-def _open_safetensors(path: Path) -> Any:
+def labels_of(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    """The labels of a config's `id2label` in the order of the logits; none when it has none."""
+    id2label = config.get("id2label")
+    if not isinstance(id2label, dict):
+        return ()
+    by_index = {int(index): str(label) for index, label in id2label.items()}
+    if sorted(by_index) != list(range(len(by_index))):
+        raise CheckpointError(f"{folder}: config.json's id2label has gaps: {sorted(by_index)}")
+    return tuple(by_index[index] for index in range(len(by_index)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty when there is no such file; CheckpointError when it holds anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return document
+
+
+def file_sha256(path: Path) -> str:
+    """The hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stored_shape(stored: Stored) -> tuple[int, ...]:
+    """A tensor's shape, from the file's header."""
+    with open_safetensors(stored.path) as file:
+        return tuple(file.get_slice(stored.key).get_shape())
+
+
+def stored_tensor(stored: Stored) -> FloatArray:
+    """A whole tensor as float32."""
+    with open_safetensors(stored.path) as file:
+        return np.ascontiguousarray(file.get_tensor(stored.key), dtype=np.float32)
+
+
+def open_safetensors(path: Path) -> Any:
     """A lazy safetensors reader; CheckpointError when the file is cut off or not safetensors."""
     try:
         import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy for safetensors)

@@ -25,6 +25,8 @@ TEXT_FILES = (
     "README.md",
 )
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# What a Trainer leaves beside the weights.
+TRAINING_FILES = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")
 # A connection that breaks in the middle of a file costs that file; the files before it are kept.
 ATTEMPTS = 3
 RETRY_SECONDS = 1.0
@@ -268,7 +270,13 @@ class _Repository:
         return f"{said}. The cache holds {' and '.join(commits)}: as the revision, a commit needs no network"
 
     def _no_weights(self, names: list[str], here: list[str]) -> str:
-        pickles = [name for name in here if name.endswith(PICKLE_SUFFIXES)]
+        pickles = [name for name in here if name.endswith(PICKLE_SUFFIXES) and name not in TRAINING_FILES]
+        if pickles == ["adapter_model.bin"]:
+            return (
+                f"{self._where()} holds its adapter as a pickle (adapter_model.bin), which can run code when it is read. "
+                f"Convert it where you trust it: PeftModel.from_pretrained(MODEL, {self.repo_id!r}).save_pretrained(FOLDER, "
+                "safe_serialization=True), then export FOLDER"
+            )
         if pickles:
             return (
                 f"{self._where()} holds its weights as a pickle ({', '.join(pickles)}), which can run code when it "
@@ -278,6 +286,8 @@ class _Repository:
             )
         folders = sorted({name.rpartition("/")[0] for name in names if name.endswith(".safetensors")} - {""})
         elsewhere = f"; {', '.join(folders)} would" if folders else ""
+        if any(f"{folder}/adapter_config.json" in names for folder in folders):
+            elsewhere += " (name an adapter's folder with --adapter-subfolder)"
         return f"{self._where()} holds no *.safetensors{elsewhere}"
 
     def _where(self) -> str:

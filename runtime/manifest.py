@@ -31,17 +31,30 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
+class BaseSource:
+    """The checkpoint that an adapter lies on; the fields are as in `Source`, the digest is the base's alone."""
+
+    kind: Literal["hub", "folder"]
+    name: str
+    revision: str | None
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Source:
     """Where the weights came from. `revision` is a 40-hex commit for a hub source, else None.
 
     `sha256` digests the checkpoint's config, tokenizer and safetensors files, so that reference numbers made from one
-    checkpoint are never taken for those of another.
+    checkpoint are never taken for those of another. For an adapter, `name` ends in its subfolder if it has one, `base` is
+    what it lies on, `sha256` digests both, and `notes` say what is known of how they belong together.
     """
 
     kind: Literal["hub", "folder", "embedded"]
     name: str
     revision: str | None
     sha256: str
+    base: BaseSource | None
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)

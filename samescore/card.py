@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from samescore.calibrate.certificate import TABLE_LEGEND, Certificate, parity_table
 from samescore.export.profiles import Profile
-from samescore.runtime.manifest import FileEntry, Manifest
+from samescore.runtime.manifest import BaseSource, FileEntry, Manifest, Source
 
 
 def model_card(
@@ -14,7 +14,7 @@ def model_card(
 ) -> str:
     """Markdown: what the bundle is, where it comes from, how exact it is, and how to use it."""
     source = manifest.source
-    revision = f" at commit `{source.revision}`" if source.revision else ""
+    notes = "".join(f"\n- {note}" for note in source.notes)
     reference, contract = certificate.reference, manifest.contract
     environment = certificate.environment
     variants = "\n".join(
@@ -32,8 +32,8 @@ def model_card(
     licence = facts.licence if facts else "see the source"
     return f"""# {manifest.profile or source.name}, a samescore bundle
 
-{manifest.architecture}, exported by samescore {manifest.samescore_version} from {source.kind} `{source.name}`{revision}
-(checkpoint digest `{source.sha256}`).
+{manifest.architecture}, exported by samescore {manifest.samescore_version} from {_origin(source)}
+(checkpoint digest `{source.sha256}`).{_on_base(source, notes)}
 
 It reads {reads}; {contract.max_tokens} tokens, {cut}. It says: {", ".join(manifest.labels)} ({manifest.activation}).
 
@@ -81,6 +81,17 @@ _READS = {
     ),
     "text": ("a text", 'classifier("…")'),
 }
+
+
+def _origin(source: Source | BaseSource) -> str:
+    revision = f" at commit `{source.revision}`" if source.revision else ""
+    return f"{source.kind} `{source.name}`{revision}"
+
+
+def _on_base(source: Source, notes: str) -> str:
+    if source.base is None:
+        return ""
+    return f" It is a LoRA adapter on the base\n{_origin(source.base)} (digest `{source.base.sha256}`), folded in.\n{notes}"
 
 
 def _megabytes(files: Mapping[str, FileEntry], variant: str) -> str:

@@ -77,7 +77,9 @@ def _add_profiles(commands: Any) -> None:
 def _add_export(commands: Any) -> None:
     command = commands.add_parser("export", help="turn a checkpoint into a bundle whose variants passed their gate")
     command.add_argument(
-        "source", metavar="SOURCE", help="a profile's name, a checkpoint folder, or a hub id (owner/name)"
+        "source",
+        metavar="SOURCE",
+        help="a profile's name, a checkpoint folder, or a hub id (owner/name); the checkpoint may be a LoRA adapter",
     )
     command.add_argument("-o", "--output", metavar="BUNDLE", required=True, help="the bundle folder to write")
     command.add_argument(
@@ -92,6 +94,12 @@ def _add_export(commands: Any) -> None:
         "cpu-int8; cpu-fp32 for architectures without a hand-built graph)",
     )
     command.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub source")
+    command.add_argument(
+        "--adapter-subfolder", metavar="DIR", help="where below SOURCE the adapter lies, as in checkpoint-500"
+    )
+    command.add_argument(
+        "--base", metavar="B", help="folder or hub id of the adapter's base (default: the one that the adapter names)"
+    )
     command.add_argument("--golden", metavar="FILE", help="JSONL texts for the gate, with or without reference logits")
     command.add_argument(
         "--calibration", metavar="FILE", help="JSONL texts for activation ranges; none of the golden ones"
@@ -119,6 +127,7 @@ def _add_verify(commands: Any) -> None:
     command = commands.add_parser("verify", help="re-check a bundle on this box")
     command.add_argument("bundle", metavar="BUNDLE")
     command.add_argument("--reference", metavar="CKPT", help="run this checkpoint folder through PyTorch again")
+    command.add_argument("--base", metavar="B", help="the base of CKPT, if that is an adapter (as in export)")
     command.add_argument("--texts", metavar="FILE", help="JSONL texts instead of the bundle's golden set")
     command.add_argument("--variant", metavar="V", help="only this variant")
     command.add_argument("--provider", metavar="P", default="auto", help="auto, cpu, cuda, migraphx or rocm")
@@ -172,6 +181,8 @@ def _export(arguments: argparse.Namespace) -> int:
         profile=arguments.profile,
         variants=arguments.variant,
         revision=arguments.revision,
+        adapter_subfolder=arguments.adapter_subfolder,
+        base=arguments.base,
         golden=arguments.golden,
         calibration=arguments.calibration,
         max_tokens=arguments.max_tokens,
@@ -198,7 +209,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
     source, contract = manifest.source, manifest.contract
     print(f"bundle      {arguments.bundle} (digest {digest[:16]}…, schema {manifest.schema_version})")
     print(f"profile     {manifest.profile or '–'}, {manifest.architecture}")
-    print(f"source      {source.kind} {source.name}{f' at {source.revision}' if source.revision else ''}")
+    for title, origin in (("source", source), ("base", source.base)):
+        if origin is not None:
+            at = f" at {origin.revision}" if origin.revision else ""
+            print(f"{title:<12}{origin.kind} {origin.name}{at}")
+    for note in source.notes:
+        print(f"note        {note}")
     print(f"contract    {contract.kind}, {contract.max_tokens} tokens, cut {contract.truncation} {contract.ellipsis}")
     print(f"labels      {', '.join(manifest.labels)} ({manifest.activation})")
     for variant in manifest.variants:
@@ -218,6 +234,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     result = verify(
         arguments.bundle,
         reference=arguments.reference,
+        base=arguments.base,
         texts=arguments.texts,
         variant=arguments.variant,
         provider=arguments.provider,

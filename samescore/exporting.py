@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from samescore._progress import silent, step
+from samescore.adapted import AdapterOptions, open_folder
 from samescore.calibrate.activations import collect_statistics, read_model, stages_of
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
@@ -30,8 +32,10 @@ from samescore.calibrate.golden import (
 )
 from samescore.calibrate.reference import Reporter, add_reference
 from samescore.card import model_card
-from samescore.export.build import architecture_of, build_variant, check_variant
+from samescore.export.adapter import AdaptedCheckpoint
+from samescore.export.build import architecture_of, build_variant, check_buildable, check_variant
 from samescore.export.checkpoint import Checkpoint
+from samescore.export.hub import fetch, is_hub_id
 from samescore.export.profiles import Profile, contract_for, find_profile, labels_for, profile_named
 from samescore.export.publish import check_target, file_entries, publish, staging_folder
 from samescore.export.recipes import VariantSpec, variant_spec
@@ -39,6 +43,7 @@ from samescore.runtime.errors import CheckpointError, GateError, UsageError
 from samescore.runtime.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
+    BaseSource,
     FileEntry,
     Manifest,
     Source,
@@ -69,6 +74,8 @@ def export_bundle(
     profile: str | None = None,
     variants: Sequence[str] = (),
     revision: str | None = None,
+    adapter_subfolder: str | None = None,
+    base: str | os.PathLike[str] | None = None,
     golden: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | None = None,
     max_tokens: int | None = None,
@@ -78,20 +85,24 @@ def export_bundle(
 ) -> ExportResult:
     """Turn a checkpoint into a bundle whose every variant passed its gate.
 
-    source: a profile's name, a checkpoint folder, or a hub id. output: the bundle folder (an older bundle there is
-    replaced). profile: whose text contract to apply. variants: names, the first one is its target's default
-    (`cpu-int8` if none; `cpu-fp32` for architectures without a hand-built graph). revision: branch, tag or commit of a
-    hub source. golden, calibration: JSONL files of texts; golden texts may hold reference logits, otherwise PyTorch
-    computes them. max_tokens: where the bundle cuts longer texts (default: the profile's limit). golden_limit: use only
-    that many golden texts, from the first (large models take long on a CPU). allow_drift: write the bundle even if a
-    gate fails; its certificate says so.
+    source: a profile's name, a checkpoint folder, or a hub id; the checkpoint may be a LoRA adapter. output: the bundle
+    folder (an older bundle there is replaced). profile: whose text contract to apply. variants: names, the first one is
+    its target's default (`cpu-int8` if none; `cpu-fp32` for architectures without a hand-built graph). revision: branch,
+    tag or commit of a hub source. adapter_subfolder: where the adapter lies below the source. base: a folder or hub id,
+    in place of the base that the adapter names. golden, calibration: JSONL files of texts; golden texts may hold
+    reference logits, otherwise PyTorch computes them. max_tokens: where the bundle cuts longer texts (default: the
+    profile's limit). golden_limit: use only that many golden texts, from the first (large models take long on a CPU).
+    allow_drift: write the bundle even if a gate fails; its certificate says so.
 
     Raises GateError (nothing is written), CheckpointError, UsageError, InputError or MissingDependencyError.
     """
     report = step if progress else silent
     target = Path(output)
     check_target(target)
-    opened, checkpoint, facts = open_source(source, profile=profile, revision=revision, progress=progress)
+    adapter = AdapterOptions(adapter_subfolder, base)
+    opened, checkpoint, facts = open_source(
+        source, profile=profile, revision=revision, adapter=adapter, progress=progress
+    )
     specs = _specs(checkpoint, variants)
     contract = contract_for(checkpoint, facts, max_tokens)
     labels = labels_for(checkpoint, facts)
@@ -139,9 +150,18 @@ def export_bundle(
 
 
 def open_source(
-    source: str | os.PathLike[str], *, profile: str | None, revision: str | None, progress: bool
+    source: str | os.PathLike[str],
+    *,
+    profile: str | None,
+    revision: str | None,
+    adapter: AdapterOptions | None = None,
+    progress: bool,
 ) -> tuple[Source, Checkpoint, Profile | None]:
-    """Find the checkpoint that `source` means, fetch it if it is on the hub, and the profile whose facts apply."""
+    """Find the checkpoint that `source` means, fetch it if it is on the hub, and the profile whose facts apply.
+
+    adapter: for an adapter, where it lies below the source and on which base.
+    """
+    adapter = adapter or AdapterOptions()
     name = os.fspath(source)
     facts = profile_named(profile) if profile else None
     named = find_profile(name)
@@ -149,23 +169,40 @@ def open_source(
         named = profile_named(name)
         facts = facts or named
         name = named.source
+        adapter = replace(adapter, subfolder=adapter.subfolder or named.adapter)
         if named.kind == "embedded":
             _no_revision(revision, "a model that ships with samescore")
-            checkpoint = Checkpoint(PACKAGE / "models" / name)
-            return Source("embedded", name, None, checkpoint.sha256()), checkpoint, facts
+            checkpoint, _ = open_folder(PACKAGE / "models" / name, adapter)
+            return Source("embedded", name, None, checkpoint.sha256(), None, ()), checkpoint, facts
     elif Path(name).is_dir():
         _no_revision(revision, "a folder")
-        checkpoint = Checkpoint(name)
-        return Source("folder", Path(name).resolve().name, None, checkpoint.sha256()), checkpoint, facts
-    from samescore.export.hub import fetch, is_hub_id
-
+        folder = Path(name) / (adapter.subfolder or "")
+        checkpoint, below = open_folder(folder, adapter, progress=progress)
+        return (
+            _source("folder", Path(name).resolve().name, None, adapter.subfolder, checkpoint, below),
+            checkpoint,
+            facts,
+        )
     if not is_hub_id(name):
         raise UsageError(
             f"{name!r} is neither a profile (samescore profiles lists them), nor a folder, nor a hub id (owner/name)"
         )
-    snapshot = fetch(name, revision, progress=progress)
-    checkpoint = Checkpoint(snapshot.folder)
-    return Source("hub", name, snapshot.revision, checkpoint.sha256()), checkpoint, facts
+    snapshot = fetch(name, revision, subfolder=adapter.subfolder, progress=progress)
+    checkpoint, below = open_folder(snapshot.folder, adapter, progress=progress)
+    return _source("hub", name, snapshot.revision, adapter.subfolder, checkpoint, below), checkpoint, facts
+
+
+def _source(
+    kind: Literal["hub", "folder"],
+    name: str,
+    revision: str | None,
+    subfolder: str | None,
+    checkpoint: Checkpoint,
+    base: BaseSource | None,
+) -> Source:
+    place = "/".join([name, *(subfolder or "").strip("/").split("/")]).rstrip("/")
+    notes = checkpoint.notes if isinstance(checkpoint, AdaptedCheckpoint) else ()
+    return Source(kind, place, revision, checkpoint.sha256(), base, notes)
 
 
 def _build(
@@ -204,6 +241,7 @@ def _no_revision(revision: str | None, what: str) -> None:
 
 
 def _specs(checkpoint: Checkpoint, names: Sequence[str]) -> list[VariantSpec]:
+    check_buildable(checkpoint)
     architecture = architecture_of(checkpoint)
     default = architecture.variants[0] if architecture else "cpu-fp32"
     specs = [variant_spec(name) for name in names or (default,)]

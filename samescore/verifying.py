@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samescore._progress import silent, step
+from samescore.adapted import AdapterOptions, open_folder
 from samescore.calibrate.certificate import Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
 from samescore.calibrate.golden import GoldenSet, encode_golden, read_golden
@@ -40,6 +41,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     reference: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
     texts: str | os.PathLike[str] | None = None,
     variant: str | None = None,
     provider: str = "auto",
@@ -48,11 +50,14 @@ def verify(
     """Hash every file, tokenize the golden texts again, and hold each variant against the reference logits.
 
     Without `reference` the logits stored in the bundle are used and no PyTorch is needed. reference: the checkpoint
-    folder, run through PyTorch again. texts: other texts (JSONL); they need `reference`, or logits of their own.
-    variant: only this one (default: every variant that this box can run). Raises BundleError for a damaged bundle; a
-    variant outside its tolerance is a result, not an error.
+    folder, run through PyTorch again. base: a folder or hub id, what the reference lies on if it is an adapter (default:
+    the one that it names). texts: other texts (JSONL); they need `reference`, or logits of their own. variant: only this
+    one (default: every variant that this box can run). Raises BundleError for a damaged bundle; a variant outside its
+    tolerance is a result, not an error.
     """
     report = step if progress else silent
+    if base is not None and reference is None:
+        raise UsageError(f"--base {os.fspath(base)} is what an adapter lies on: name the adapter with --reference")
     with Bundle(path) as bundle:
         manifest = bundle.manifest
         with report(f"hashing {len(manifest.files)} files"):
@@ -62,7 +67,8 @@ def verify(
         golden = encode_golden(golden, encoder)
         note = None
         if reference is not None:
-            golden, note = _reference(golden, Path(reference), manifest, report)
+            checkpoint, _ = open_folder(Path(reference), AdapterOptions(base=base), progress=progress)
+            golden, note = _reference(golden, checkpoint, manifest, report)
         threads = available_threads()
         parity: dict[str, VariantParity] = {}
         for chosen, target in _runnable(manifest, variant, provider):
@@ -94,9 +100,11 @@ def _texts(bundle: Bundle, texts: str | os.PathLike[str] | None, *, has_referenc
     return golden
 
 
-def _reference(golden: GoldenSet, folder: Path, manifest: Manifest, report: Reporter) -> tuple[GoldenSet, str | None]:
+def _reference(
+    golden: GoldenSet, checkpoint: Checkpoint, manifest: Manifest, report: Reporter
+) -> tuple[GoldenSet, str | None]:
     """Fresh PyTorch logits, and a note when the checkpoint is not the one the bundle was made from."""
-    checkpoint = Checkpoint(folder)
+    folder = checkpoint.folder
     if len(checkpoint.labels) != len(manifest.labels):
         raise UsageError(
             f"{folder} has labels {', '.join(checkpoint.labels)}; the bundle has {', '.join(manifest.labels)}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,7 @@ system user assistant numbers 0 1 2 3 4 5 6 7 8 9 < | > . , ! ? ' "
 def pytest_report_header() -> list[str]:
     from importlib import metadata
 
-    names = ("numpy", "onnxruntime", "tokenizers", "onnx-ir", "torch", "transformers")
+    names = ("numpy", "onnxruntime", "tokenizers", "onnx-ir", "torch", "transformers", "peft")
     found = []
     for name in names:
         try:
@@ -89,6 +91,61 @@ def tiny_bert(folder: Path, **overrides: object) -> Path:
             parameter.data.normal_(0, 0.15)
     model.save_pretrained(folder)
     return folder
+
+
+def tiny_llama_base(folder: Path, **overrides: object) -> Path:
+    """A random `LlamaForCausalLM` of 2 layers, without a classifier's head."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocabulary = train_tokenizer(folder)
+    settings: dict[str, object] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "tie_word_embeddings": True,
+        **overrides,
+    }
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.data.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tiny_adapter(base: Path | str, folder: Path, labels: int = 3, **config: Any) -> Path:
+    """A PEFT adapter with random weights (none of them zero) over a base folder, written by PEFT itself."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForSequenceClassification
+
+    settings = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["score"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(11)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=labels, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", **{**settings, **config}))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.data.normal_(0, 0.2)
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny causal language model, the base of adapters."""
+    return tiny_llama_base(tmp_path_factory.mktemp("llama") / "base")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "huggingface_hub", "safetensors", "ml_dtypes"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "huggingface_hub",
+    "safetensors",
+    "ml_dtypes",
+    "peft",
+}
 
 
 @pytest.mark.parametrize("module", ["samescore", "samescore.runtime", "samescore.cli"])

@@ -59,7 +59,7 @@ def test_every_length_matches_pytorch(checkpoint, tmp_path, name, calibrated):
     ids = sequences(vocabulary, [1, 2, 3, 7, 16, 33, 63, 64])
     statistics = collect_statistics(checkpoint, sequences(vocabulary, [5, 20, 40])) if calibrated else None
     model = build(checkpoint, name, tmp_path / name, statistics)
-    expected = reference_logits(checkpoint.folder, ids)
+    expected = reference_logits(checkpoint, ids)
     for row, sequence in zip(expected, ids, strict=True):
         got = model.run(None, feeds(model, sequence[None]))[0]
         assert got.shape == (1, 2) and got.dtype == np.float32
@@ -106,7 +106,7 @@ def test_configurations(tmp_path, overrides, name):
     checkpoint = Checkpoint(tiny_bert(tmp_path / "checkpoint", **overrides))
     ids = sequences(checkpoint.config["vocab_size"], [2, 19])
     model = build(checkpoint, name, tmp_path / "model")
-    expected = reference_logits(checkpoint.folder, ids)
+    expected = reference_logits(checkpoint, ids)
     for row, sequence in zip(expected, ids, strict=True):
         got = model.run(None, feeds(model, sequence[None]))[0][0]
         np.testing.assert_allclose(got, row, atol=TOLERANCE[name])
@@ -116,7 +116,7 @@ def test_statistics_equal_those_of_pytorch(checkpoint):
     """What calibration sees is what PyTorch's own modules see."""
     ids = sequences(checkpoint.config["vocab_size"], [4, 11])
     statistics = collect_statistics(checkpoint, ids)
-    model = load_reference(checkpoint.folder)
+    model = load_reference(checkpoint)
     seen = []
     module = model.bert.encoder.layer[1].intermediate.dense
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].numpy()))
@@ -145,7 +145,7 @@ def test_calibration_makes_int8_more_exact_where_channels_are_outliers(tmp_path)
     checkpoint = Checkpoint(folder)
     vocabulary = checkpoint.config["vocab_size"]
     ids = sequences(vocabulary, range(3, 43))
-    expected = reference_logits(folder, ids)
+    expected = reference_logits(checkpoint, ids)
     statistics = collect_statistics(checkpoint, sequences(vocabulary, range(5, 45, 3)))
     errors = {}
     for name, given in (("plain", None), ("calibrated", statistics)):

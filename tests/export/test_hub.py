@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -27,6 +28,8 @@ pytest.importorskip("huggingface_hub")
 
 from samescore.export import hub
 from samescore.runtime.errors import CheckpointError, MissingDependencyError, UsageError
+
+from ..conftest import tiny_adapter
 
 REPO = "someone/classifier"
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -626,3 +629,99 @@ def test_samescore_export_from_the_hub(
     gated = export("someone/gated")
     assert gated.returncode == 3 and "HF_TOKEN" in gated.stderr and "Traceback" not in gated.stderr
     assert json.loads((tmp_path / "bundle" / "bundle.json").read_text()) == manifest
+
+
+BASE = "owner/base"
+
+
+@pytest.fixture
+def adapter_on_the_hub(server: Hub, llama_base: Path, tmp_path: Path) -> dict[str, Any]:
+    """REPO holds an adapter in `checkpoint-9` over a gated base; what `adapter_config.json` says."""
+    folder = tiny_adapter(llama_base, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": BASE}
+    write_adapter(server, folder, config)
+    files = {path.name: path.read_bytes() for path in llama_base.iterdir() if path.is_file()}
+    server.repos[BASE] = Repo({SECOND: files, FIRST: files}, {"main": SECOND}, gated=True, members={"hf_member"})
+    return config
+
+
+def write_adapter(server: Hub, folder: Path, config: dict[str, Any]) -> None:
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    files["adapter_config.json"] = json.dumps(config).encode()
+    server.repos[REPO].commits[FIRST] = {f"checkpoint-9/{name}": data for name, data in files.items()}
+
+
+@pytest.fixture
+def open_source(fetch: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`samescore.exporting.open_source` on the test's server."""
+    from samescore import adapted, exporting
+
+    def call(source: str = REPO, token: str | bool = False, **options: Any) -> Any:
+        for module in (exporting, adapted):
+            monkeypatch.setattr(module, "fetch", functools.partial(fetch, token=token))
+        adapter = adapted.AdapterOptions(**options)
+        return exporting.open_source(source, profile=None, revision=None, adapter=adapter, progress=False)
+
+    return call
+
+
+@pytest.mark.torch
+def test_an_adapter_and_its_base_from_the_hub(server: Hub, adapter_on_the_hub: Any, open_source: Any) -> None:
+    source, checkpoint, _ = open_source(token="hf_member", subfolder="checkpoint-9")
+    assert (source.kind, source.name, source.revision) == ("hub", f"{REPO}/checkpoint-9", FIRST)
+    assert (source.base.kind, source.base.name, source.base.revision) == ("hub", BASE, SECOND)
+    assert checkpoint.architecture == "LlamaForSequenceClassification"
+    assert source.notes[0] == f"adapter_config.json names the base {BASE} and no revision of it"
+
+
+@pytest.mark.torch
+def test_a_gated_base_is_named_with_both_ways_on(
+    server: Hub, adapter_on_the_hub: Any, open_source: Any, llama_base: Path
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        open_source(subfolder="checkpoint-9")
+    said = str(caught.value)
+    assert f"the base {BASE} of the adapter checkpoint-9" in said and f"{BASE} is gated" in said
+    assert f"accept the terms on {server.url}/{BASE}" in said and "HF_TOKEN" in said and "--base FOLDER" in said
+    with pytest.raises(CheckpointError, match=f"{BASE} is gated, and the account of your token.*--base FOLDER"):
+        open_source(token="hf_stranger", subfolder="checkpoint-9")
+    source, _, _ = open_source(subfolder="checkpoint-9", base=llama_base)
+    assert (source.base.kind, source.base.name, source.base.revision) == ("folder", "base", None)
+
+
+@pytest.mark.torch
+def test_the_base_s_revision_is_the_one_that_the_adapter_names(
+    server: Hub, adapter_on_the_hub: dict[str, Any], open_source: Any, tmp_path: Path
+) -> None:
+    write_adapter(server, tmp_path / "adapter", adapter_on_the_hub | {"revision": FIRST})
+    server.repos["owner/other"] = Repo({SECOND: server.repos[BASE].commits[SECOND]}, {"main": SECOND})
+    named, _, _ = open_source(token="hf_member", subfolder="checkpoint-9")
+    assert named.base.revision == FIRST
+    asked, _, _ = open_source(token="hf_member", subfolder="checkpoint-9", base="owner/other")
+    assert (asked.base.name, asked.base.revision) == ("owner/other", SECOND)
+
+
+@pytest.mark.torch
+def test_an_adapter_that_samescore_cannot_fold_is_refused_before_its_base_is_fetched(
+    server: Hub, adapter_on_the_hub: dict[str, Any], open_source: Any, tmp_path: Path
+) -> None:
+    write_adapter(server, tmp_path / "adapter", adapter_on_the_hub | {"use_dora": True})
+    with pytest.raises(CheckpointError, match="DoRA"):
+        open_source(token="hf_member", subfolder="checkpoint-9")
+    assert not [request for request in server.log if BASE in request.path]
+
+
+@pytest.mark.torch
+def test_the_adapter_s_subfolder_is_asked_for(server: Hub, adapter_on_the_hub: Any, open_source: Any) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-9 would \(name an adapter's folder with --adapter-subfolder\)"
+    ):
+        open_source()
+
+
+def test_an_adapter_as_a_pickle(fetch: Any, server: Hub) -> None:
+    files = {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle", "training_args.bin": b"pickle"}
+    server.repos[REPO].commits[FIRST] = files
+    with pytest.raises(CheckpointError, match=r"its adapter as a pickle \(adapter_model\.bin\).*PeftModel"):
+        fetch()
+    assert not server.downloads()

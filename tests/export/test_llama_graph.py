@@ -61,7 +61,7 @@ def statistics(checkpoint):
 def test_every_length_matches_pytorch(checkpoint, statistics, tmp_path, name, calibrated):
     ids = sequences(checkpoint.config["vocab_size"], [1, 2, 3, 7, 33, 64, 255, 256, 257, 600])
     session = build(checkpoint, name, tmp_path / name, statistics=statistics if calibrated else None)
-    expected = reference_logits(checkpoint.folder, ids)
+    expected = reference_logits(checkpoint, ids)
     assert expected.std() > 0.3  # else agreement would mean nothing
     for row, sequence in zip(expected, ids, strict=True):
         got = logits_of(session, sequence)
@@ -87,7 +87,7 @@ def test_right_padding_and_neighbours_do_not_matter(checkpoint, tmp_path, name):
 def test_both_paddings_of_the_reference_give_our_scores(checkpoint, tmp_path):
     """transformers pads on either side; pad ids inside a text are text."""
     session = build(checkpoint, "cpu-fp32", tmp_path / "model")
-    model = load_reference(checkpoint.folder)
+    model = load_reference(checkpoint)
     ids = sequences(checkpoint.config["vocab_size"], [5, 17, 30])
     ids[1][[0, 4, 9]] = PAD
     for left in (False, True):
@@ -106,7 +106,7 @@ def test_a_text_that_ends_in_the_pad_token_is_read_to_its_end(checkpoint, tmp_pa
     session = build(checkpoint, "cpu-fp32", tmp_path / "model")
     (ids,) = sequences(checkpoint.config["vocab_size"], [12])
     ids[-1] = PAD
-    model = load_reference(checkpoint.folder)
+    model = load_reference(checkpoint)
     with torch.inference_mode():
         hidden = model.model(input_ids=torch.from_numpy(ids[None])).last_hidden_state
         expected = model.score(hidden)[0, -1].numpy()
@@ -152,7 +152,7 @@ def test_configurations(tmp_path, overrides, name):
     checkpoint = Checkpoint(tiny_llama(tmp_path / "checkpoint", **overrides))
     ids = sequences(checkpoint.config["vocab_size"], [2, 300])
     session = build(checkpoint, name, tmp_path / "model")
-    for row, sequence in zip(reference_logits(checkpoint.folder, ids), ids, strict=True):
+    for row, sequence in zip(reference_logits(checkpoint, ids), ids, strict=True):
         np.testing.assert_allclose(logits_of(session, sequence), row, atol=TOLERANCE[name])
 
 
@@ -166,7 +166,7 @@ def test_rope_written_by_older_transformers(checkpoint, llama_checkpoint, tmp_pa
     (old / "config.json").write_text(json.dumps(config))
     ours = llama.inverse_frequencies(Checkpoint(old), 16)
     np.testing.assert_array_equal(ours, llama.inverse_frequencies(checkpoint, 16))
-    theirs = load_reference(llama_checkpoint).model.rotary_emb.inv_freq.numpy()
+    theirs = load_reference(checkpoint).model.rotary_emb.inv_freq.numpy()
     np.testing.assert_allclose(ours, theirs, rtol=2e-7)
 
 
@@ -174,7 +174,7 @@ def test_statistics_equal_those_of_pytorch(checkpoint):
     """What calibration sees, a stage at a time, is what PyTorch's own modules see."""
     ids = sequences(checkpoint.config["vocab_size"], [4, 11])
     statistics = collect_statistics(checkpoint, ids)
-    model = load_reference(checkpoint.folder)
+    model = load_reference(checkpoint)
     seen = {}
     for site, module in (
         ("model.layers.1.self_attn.qkv", model.model.layers[1].self_attn.k_proj),
@@ -212,7 +212,7 @@ def test_calibration_makes_int8_more_exact_where_channels_are_outliers(tmp_path)
     checkpoint = Checkpoint(folder)
     vocabulary = checkpoint.config["vocab_size"]
     ids = sequences(vocabulary, range(3, 43))
-    expected = reference_logits(folder, ids)
+    expected = reference_logits(checkpoint, ids)
     statistics = collect_statistics(checkpoint, sequences(vocabulary, range(5, 45, 3)))
     errors = {}
     for name, given in (("plain", None), ("calibrated", statistics)):

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from samescore.runtime.contract import TextContract
 from samescore.runtime.errors import BundleError, UsageError
-from samescore.runtime.manifest import FileEntry, Manifest, Source, Variant, parse_manifest
+from samescore.runtime.manifest import BaseSource, FileEntry, Manifest, Source, Variant, parse_manifest
 
 MANIFEST = Manifest(
     schema_version=1,
     samescore_version="0.1.0",
     profile="refusal",
     architecture="BertForSequenceClassification",
-    source=Source("hub", "owner/name", "a" * 40, "b" * 64),
+    source=Source("hub", "owner/name", "a" * 40, "b" * 64, None, ()),
     contract=TextContract("conversation", 512, "middle", "<|...|>"),
     labels=("Non-refusal", "Refusal"),
     activation="softmax",
@@ -44,6 +44,13 @@ def test_round_trip():
     assert parse_manifest(MANIFEST.to_json()) == MANIFEST
 
 
+def test_round_trip_of_an_adapter():
+    base = BaseSource("hub", "owner/base", "f" * 40, "e" * 64)
+    source = Source("folder", "run/checkpoint-2", None, "b" * 64, base, ("a note",))
+    manifest = dataclasses.replace(MANIFEST, source=source)
+    assert parse_manifest(manifest.to_json()) == manifest
+
+
 def test_variant_by_name():
     assert MANIFEST.variant("cpu-int8").precision == "int8"
     with pytest.raises(UsageError, match=r"no variant 'cpu-int9'; it has: cpu-int8. Did you mean 'cpu-int8'"):
@@ -68,6 +75,8 @@ def set_at(doc, path, value):
         (["activation"], "relu", "'relu' is none of 'softmax', 'sigmoid'"),
         (["source", "kind"], "ftp", "source.kind"),
         (["source", "revision"], 7, r"source\.revision: expected str, got int"),
+        (["source", "base"], {"kind": "hub"}, r"source\.base: missing 'name', 'revision', 'sha256'"),
+        (["source", "notes"], "a note", r"source\.notes: expected a list"),
         (["contract", "max_tokens"], "512", r"contract\.max_tokens: expected int"),
         (["contract", "max_tokens"], True, "expected int, got bool"),
         (["variants", 0, "target"], "tpu", r"variants\[0\]\.target"),
