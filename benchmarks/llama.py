@@ -246,20 +246,27 @@ def workloads(arguments: argparse.Namespace, config: dict[str, Any]) -> list[Wor
     ]
 
 
+def model_folder(name: str, models: Models, arguments: argparse.Namespace) -> Path:
+    """Where a contender's model lies, made now if need be."""
+    if kind(name) == "ours":
+        return models.ours(arguments.variant)
+    if kind(name) == "torch":
+        return Path(arguments.checkpoint)
+    step = name.partition("-")[2]
+    return models.plain() if step == "fp32" else models.openvino(step)
+
+
 def start(name: str, models: Models, arguments: argparse.Namespace, config: dict[str, Any], precision: str) -> Worker:
     """A contender's process, its model made before."""
-    python, environment = Path(sys.executable), {}
-    if kind(name) == "ours":
-        folder = models.ours(arguments.variant)
-    elif kind(name) == "torch":
-        folder, precision = arguments.checkpoint, {"fp32": "float32", "bf16": "bfloat16"}[name.partition("-")[2]]
+    folder, python, environment = model_folder(name, models, arguments), Path(sys.executable), {}
+    if kind(name) == "torch":
+        precision = {"fp32": "float32", "bf16": "bfloat16"}[name.partition("-")[2]]
         environment = {"OMP_NUM_THREADS": str(arguments.threads)}
         if arguments.torch_wait == "passive":
             environment["OMP_WAIT_POLICY"] = "PASSIVE"
-    else:
+    elif kind(name) == "openvino":
         python = openvino_python()
-        step = name.partition("-")[2]
-        folder, precision = (models.plain(), "f32") if step == "fp32" else (models.openvino(step), precision)
+        precision = "f32" if name == "openvino-fp32" else precision
     options = ["--threads", str(arguments.threads), "--precision", precision]
     pad = config.get("pad_token_id")
     options += ["--pad", str(0 if pad is None else pad)]
@@ -310,12 +317,15 @@ class Benchmark:
         lengths = np.random.default_rng(arguments.seed).integers(*CALIBRATION_LENGTHS, size=CALIBRATION_SEQUENCES)
         self.models = Models(arguments, random_texts(config, [int(n) for n in lengths], arguments.seed + 400))
         self.workers: dict[str, Worker] = {}
+        self.precision: dict[str, str] = {}
         self.contenders: dict[str, dict[str, Any]] = {name: {} for name in arguments.contenders}
         self.rows: list[Row] = []
 
     def run(self) -> None:
         """Everything."""
         try:
+            for name in self.contenders:
+                self._prepare(name)
             for name in self.contenders:
                 self._start(name)
             for workload in self.workloads:
@@ -324,12 +334,26 @@ class Benchmark:
             for worker in self.workers.values():
                 worker.close()
 
-    def _start(self, name: str) -> None:
-        entry, precision = self.contenders[name], "default"
+    def _prepare(self, name: str) -> None:
+        """Make a contender's model, and choose its precision. Nobody else runs yet: quantizing takes the memory."""
+        entry = self.contenders[name]
         try:
+            model_folder(name, self.models, self.arguments)
             if name == "openvino-w8a8":
-                precision, entry["probe"] = faster_precision(self.models, self.arguments, self.config, self.workloads)
+                say("choosing the precision of openvino-w8a8")
+                self.precision[name], entry["probe"] = faster_precision(
+                    self.models, self.arguments, self.config, self.workloads
+                )
+        except (RuntimeError, OSError) as error:
+            self._fail(name, error)
+
+    def _start(self, name: str) -> None:
+        entry = self.contenders[name]
+        if "error" in entry:
+            return
+        try:
             say(f"starting {name}")
+            precision = self.precision.get(name, "default")
             worker = start(name, self.models, self.arguments, self.config, precision)
         except (RuntimeError, OSError) as error:
             self._fail(name, error)
