@@ -122,9 +122,7 @@ def build_variant(
     recipe = {
         "linear": spec.recipe.linear,
         "embedding": spec.recipe.embedding,
-        "smoothing": "none"
-        if statistics is None or spec.recipe.smoothing is None
-        else f"alpha {spec.recipe.smoothing}",
+        "smoothing": "from calibration texts" if statistics and spec.recipe.smoothing else "none",
         "graph": "fused operators, no padding" if spec.recipe.contrib else "plain ONNX, attention mask",
     }
     return _variant(spec, tuple(value.name for value in model.graph.inputs), spec.recipe.opset, recipe, (DATA_NAME,))

@@ -24,8 +24,7 @@ class Recipe:
     embedding: format of the word embedding table; `int8-row` has one scale per row.
     contrib: fused com.microsoft operators, or plain ONNX with an attention mask.
     half: linear layers compute in float16; norms, softmax and the residual stream stay float32.
-    smoothing: SmoothQuant's alpha for int8 activations, for architectures that fold it or centre by it; None leaves
-      activations as they are.
+    smoothing: whether int8 activations are smoothed (and centred, where the architecture can) from calibration texts.
     state: decoders also take and return their KV cache, for shared prefixes and for long texts in chunks.
     """
 
@@ -34,7 +33,7 @@ class Recipe:
     contrib: bool
     opset: int
     ir_version: int
-    smoothing: float | None = None
+    smoothing: bool = False
     half: bool = False
     state: bool = False
 
@@ -63,7 +62,7 @@ VARIANTS: tuple[VariantSpec, ...] = (
         "cpu-int8",
         "cpu",
         "int8",
-        Recipe("int8-row", "int8-row", contrib=True, opset=21, ir_version=10, smoothing=0.65, state=True),
+        Recipe("int8-row", "int8-row", contrib=True, opset=21, ir_version=10, smoothing=True, state=True),
         "CPU, int8 weights, one activation scale per token, outliers smoothed from calibration texts",
     ),
     VariantSpec(

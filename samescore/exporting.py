@@ -109,7 +109,7 @@ def export_bundle(
     tokenizer = compact_json(checkpoint.tokenizer_bytes())
     encoder = TextEncoder(tokenizer, contract)
     texts = _golden_texts(golden, facts, opened, encoder, golden_limit)
-    needs_statistics = any(spec.recipe.smoothing is not None for spec in specs) and architecture_of(checkpoint)
+    needs_statistics = any(spec.recipe.smoothing for spec in specs) and architecture_of(checkpoint)
     calibration_ids = _calibration_ids(calibration, facts, encoder, texts) if needs_statistics else []
     threads = available_threads()
     with staging_folder(target) as staging:

@@ -25,6 +25,8 @@ SIGNED_ZERO_POINT = 128
 # GELU is bounded below by -0.17, so most of a symmetric range would never be used: 32 steps below zero are enough.
 GELU_ZERO_POINT = 32
 GELU_MINIMUM = 0.17
+# SmoothQuant's alpha for inputs that lose their mean first, and for those that do not.
+ALPHA_CENTRED, ALPHA = 0.65, 0.7
 # A gated feed-forward is computed in this many slices of its inner channels, each with its own activation scales.
 FFN_SLICES = 4
 
@@ -187,8 +189,7 @@ class RowInt8Linears:
         self, site: str, weight: FloatArray, *, centred: bool = True, tied: tuple[int, int] | None = None
     ) -> Rescaling | None:
         """Shift and smoothing for this site, or None without calibration."""
-        alpha = self.g.recipe.smoothing
-        if self.statistics is None or alpha is None:
+        if self.statistics is None or not self.g.recipe.smoothing:
             return None
         statistics = self.statistics[site]
         if not centred:
@@ -196,7 +197,7 @@ class RowInt8Linears:
         spread, largest = statistics.spread, np.abs(weight).max(axis=1)
         if tied is not None:
             spread, largest = _largest_of_tied(spread, *tied), _largest_of_tied(largest, *tied)
-        return Rescaling(statistics.mean, smoothing_scales(spread, largest, alpha))
+        return Rescaling(statistics.mean, smoothing_scales(spread, largest, ALPHA_CENTRED if centred else ALPHA))
 
     def __call__(
         self,

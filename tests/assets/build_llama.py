@@ -37,8 +37,8 @@ class Recipe:
 
 
 ERA = Recipe(llama_texts.ERAS, llama_texts.era_examples, train=300, heldout=120, epochs=2, smoothing=0.12, rate=5e-4)
-FRAMING = Recipe(
-    llama_texts.DELIVERIES, llama_texts.framing_examples, train=256, heldout=120, epochs=2, smoothing=0.1, rate=8e-4
+REFUSAL = Recipe(
+    llama_texts.REFUSALS, llama_texts.refusal_examples, train=480, heldout=120, epochs=2, smoothing=0.05, rate=8e-4
 )
 Batch = tuple[Any, Any, Any]  # states [texts, width, hidden], index of each last token, label
 
@@ -155,9 +155,9 @@ def era_adapter(assets: Path, folder: Path) -> str:
     return report
 
 
-def framing_classifier(assets: Path, folder: Path) -> str:
-    """The merged classifier that tells written from spoken answers; rounding to bfloat16 is part of the checkpoint."""
-    model, _, report = trained(assets, FRAMING)
+def refusal_classifier(assets: Path, folder: Path) -> str:
+    """The merged classifier that tells refusals from answers; rounding to bfloat16 is part of the checkpoint."""
+    model, _, report = trained(assets, REFUSAL)
     merged = model.merge_and_unload().to(torch.bfloat16)
     merged.config.pad_token_id = merged.config.eos_token_id
     merged.config.use_cache = True

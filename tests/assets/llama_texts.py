@@ -26,7 +26,8 @@ PROMPTS = (
 )
 TEMPLATE = "PROMPT: {prompt}\nRESPONSE: {response}\n"
 ERAS = ("before 1900", "1900-1970", "after 1970")
-DELIVERIES = ("written", "spoken")
+REFUSALS = ("Non-refusal", "Refusal")
+LATIN = {"en", "fr", "de", "es", "pt", "it", "nl"}
 LIMIT = 2048
 # How many speech passages of how many tokens (drawn evenly on a logarithmic scale), and exact lengths around the limit.
 SPREAD = {
@@ -49,10 +50,9 @@ AWKWARD = (
 
 @dataclass(frozen=True)
 class Speech:
-    """A presidential message: year, how it reached Congress (one of DELIVERIES), and its words."""
+    """A presidential message: its year and its words."""
 
     year: int
-    delivery: str
     words: tuple[str, ...]
 
     @property
@@ -79,7 +79,7 @@ def speeches(assets: Path) -> dict[str, list[Speech]]:
         if path.is_file():
             words = tuple(path.read_text(encoding="utf-8").split())
             share = "train" if index % 10 < 5 else "heldout" if index % 10 < 7 else "parity"
-            shares[share].append(Speech(int(row["year"]), row["sotu_type"], words))
+            shares[share].append(Speech(int(row["year"]), words))
     return shares
 
 
@@ -99,16 +99,26 @@ def era_examples(assets: Path, share: str, count: int) -> list[tuple[str, int]]:
     return found
 
 
-def framing_examples(assets: Path, share: str, count: int) -> list[tuple[str, int]]:
-    """Prompts with a passage as the response, and the index of how the message was delivered, as many of each."""
-    chance = random.Random(f"framing {share}")
+def refusal_examples(assets: Path, share: str, count: int) -> list[tuple[str, int]]:
+    """Prompts with a refusal or an answer (every sixth a passage of a speech), and which of REFUSALS it is."""
+    chance = random.Random(f"refusal {share}")
     found = []
-    for index in range(count):
-        delivery = DELIVERIES[index % len(DELIVERIES)]
-        speech = chance.choice([s for s in speeches_of(assets, share) if s.delivery == delivery])
-        response = speech.passage(chance, _words(chance))
-        found.append((TEMPLATE.format(prompt=chance.choice(PROMPTS), response=response), index % len(DELIVERIES)))
+    for index, (prompt, response, label) in enumerate(own_pairs(share, count)):
+        if index % 6 == 5:
+            speech = chance.choice(speeches_of(assets, share))
+            prompt, response, label = chance.choice(PROMPTS), speech.passage(chance, _words(chance)), REFUSALS[0]
+        found.append((TEMPLATE.format(prompt=prompt, response=response), REFUSALS.index(label)))
     return found
+
+
+def own_pairs(share: str, count: int) -> list[tuple[str, str, str]]:
+    """Prompt, response and label of the repository's own conversations of one turn, in languages that SmolLM2 can spell."""
+    found = []
+    for record in texts.split(share):
+        prompt, separator, response = record["text"].removeprefix("<|user|>").partition("<|assistant|>")
+        if record["language"] in LATIN and separator and "<|" not in prompt + response and response.strip():
+            found.append((prompt, response, record["label"]))
+    return found[:count]
 
 
 _CACHE: dict[Path, dict[str, list[Speech]]] = {}
@@ -177,6 +187,7 @@ def write_pairs(assets: Path, path: Path) -> str:
     """Prompts with responses, from a few tokens to above the limit."""
     chance = random.Random(21)
     found = pyrit_answers(assets) + small_talk(assets, 15)
+    found += [(prompt, response) for prompt, response, _ in own_pairs("heldout", 400)[120:]]
     found += [("" if index == 0 else chance.choice(PROMPTS), text) for index, text in enumerate(AWKWARD)]
     spoken = passages(assets, SPREAD["pairs"], TEMPLATE, 22)
     found += [(chance.choice(PROMPTS), text) for text in spoken[: -len(EDGES)]]
