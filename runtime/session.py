@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import mmap
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from samescore.runtime.errors import BundleError, ProviderError
 from samescore.runtime.manifest import Target
 from samescore.runtime.providers import EXECUTION_PROVIDERS, import_onnxruntime
 
+FORGET_SECONDS = 0.02
 # The KV cache of a decoder by input name, each float32 [batch, heads, tokens, head size].
 State = Mapping[str, npt.NDArray[np.float32]]
 
@@ -30,9 +34,10 @@ class Session:
         )
         provider = EXECUTION_PROVIDERS[target]
         try:
-            self._session = ort.InferenceSession(
-                model.graph, options, providers=_provider_options(target), enable_fallback=0
-            )
+            with _forgetting(() if low_memory else model.data.values()):
+                self._session = ort.InferenceSession(
+                    model.graph, options, providers=_provider_options(target), enable_fallback=0
+                )
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
             raise BundleError(f"ONNX Runtime {ort.__version__} cannot load this graph on {target}: {error}") from error
         used = self._session.get_providers()[0]
@@ -74,6 +79,33 @@ class Session:
     def run_outputs(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
         """Several named outputs (for graphs that expose more than `logits`)."""
         return list(self._session.run(list(names), dict(feeds)))
+
+
+@contextmanager
+def _forgetting(buffers: Iterable[Any]) -> Iterator[None]:
+    """Let go of mapped pages while a session repacks the weights in them: they would count as memory a second time.
+
+    They stay in the page cache, and those that are read again (embedding rows) come back from there.
+    """
+    mapped = [buffer for buffer in buffers if isinstance(buffer, mmap.mmap)]
+    done = threading.Event()
+
+    def forget() -> None:
+        for buffer in mapped:
+            buffer.madvise(mmap.MADV_DONTNEED)
+
+    def watch() -> None:
+        while not done.wait(FORGET_SECONDS):
+            forget()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        forget()
 
 
 def _session_options(ort: Any, target: Target, intra_op_threads: int, low_memory: bool) -> Any:
