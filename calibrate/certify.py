@@ -19,7 +19,7 @@ from samescore.runtime.scheduler import run_longest_first
 from samescore.runtime.session import Session
 
 # What the invariance checks score again, at most.
-INVARIANCE_TEXTS, INVARIANCE_TOKENS = 32, 4096
+INVARIANCE_TEXTS, INVARIANCE_TOKENS = 32, 2048
 
 
 @dataclass(frozen=True)

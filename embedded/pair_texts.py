@@ -85,15 +85,15 @@ def main() -> None:
     framing = [json.loads(line) for line in (HERE / "framing.jsonl").read_text(encoding="utf-8").splitlines()]
     golden, calibration = framing[:20] + framing[23:], framing[20:23]
     golden_passages = passages(assets, GOLDEN_LENGTHS * 4, odd=False)
-    calibration_passages = passages(assets, CALIBRATION_LENGTHS * 3, odd=True)
+    calibration_passages = passages(assets, CALIBRATION_LENGTHS * 2, odd=True)
     pairs = [
-        {"prompt": QUESTIONS[i % len(QUESTIONS)], "response": passage} for i, passage in enumerate(golden_passages[:16])
+        {"prompt": QUESTIONS[i % len(QUESTIONS)], "response": passage} for i, passage in enumerate(golden_passages[:9])
     ]
-    write("prompt-response", "golden", [*golden, *pairs, *conversations("golden", 62)])
+    write("prompt-response", "golden", [*golden, *pairs, *conversations("golden", 44)])
     pairs = [
         {"prompt": QUESTIONS[i % len(QUESTIONS)], "response": passage} for i, passage in enumerate(calibration_passages)
     ]
-    write("prompt-response", "calibration", [*calibration, *pairs, *conversations("calibration", 20)])
+    write("prompt-response", "calibration", [*calibration, *pairs, *conversations("calibration", 12)])
     articles = [{"text": record["response"]} for record in golden if len(record["response"]) > 60]
     answers = [{"text": record["response"]} for record in conversations("golden", 30)]
     write("articles", "golden", [*articles, *answers, *({"text": passage} for passage in golden_passages)])

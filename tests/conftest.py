@@ -101,7 +101,7 @@ def tiny_llama_base(folder: Path, **overrides: object) -> Path:
     vocabulary = train_tokenizer(folder)
     settings: dict[str, object] = {
         "vocab_size": vocabulary,
-        "hidden_size": 32,
+        "hidden_size": 64,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,

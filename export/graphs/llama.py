@@ -32,6 +32,7 @@ FloatArray = npt.NDArray[np.float32]
 
 ARCHITECTURE = "LlamaForSequenceClassification"
 VARIANTS = ("cpu-int8", "cpu-fp32", "cpu-int4", "cuda-fp16", "migraphx-fp16", "migraphx-int8")
+HEAD_SIZE_STEP = 16
 # Scores of keys that a query may not see.
 HIDDEN_SCORE = -1e30
 
@@ -62,6 +63,11 @@ class LlamaConfig:
                 )
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         head_size = int(config.get("head_dim") or hidden // heads)
+        if head_size % HEAD_SIZE_STEP:
+            raise CheckpointError(
+                f"{checkpoint.folder}: config.json has heads of {head_size} channels; the llama graph knows multiples of "
+                f"{HEAD_SIZE_STEP} (GroupQueryAttention takes no others)"
+            )
         return cls(
             hidden=hidden,
             heads=heads,

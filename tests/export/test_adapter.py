@@ -11,15 +11,20 @@ import pytest
 
 from samescore import export_bundle, load, verify
 from samescore.adapted import AdapterOptions
+from samescore.calibrate.activations import read_model
 from samescore.calibrate.reference import load_reference, reference_logits
 from samescore.export import build
 from samescore.export import checkpoint as checkpoint_module
 from samescore.export.adapter import AdaptedCheckpoint, AdapterConfig, adapters_below, is_adapter
+from samescore.export.build import build_graph
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.profiles import contract_for
+from samescore.export.recipes import variant_spec
 from samescore.exporting import open_source
 from samescore.runtime.errors import CheckpointError, MissingDependencyError, UsageError
 from samescore.runtime.manifest import BaseSource
+from samescore.runtime.prefill import logits_of
+from samescore.runtime.session import Session
 from samescore.runtime.tokenizer import TextEncoder
 
 from ..conftest import tiny_adapter, tiny_bert, tiny_llama_base, train_tokenizer
@@ -499,3 +504,13 @@ def test_a_merged_checkpoint_that_kept_its_adapter_config_is_no_reference(bert_c
         CheckpointError, match=r"adapter_config\.json that belongs to no adapter there: copy the folder"
     ):
         reference_logits(Checkpoint(merged), sequences(1))
+
+
+def test_a_llama_adapter_s_graph_scores_as_peft(llama_base, plain, tmp_path):
+    """PEFT with the adapter on, against the graph of the folded tensors."""
+    checkpoint = adapted(llama_base, plain)
+    build_graph(checkpoint, variant_spec("cpu-fp32").recipe, tmp_path)
+    session = Session(read_model(tmp_path), "cpu", intra_op_threads=1)
+    ids = sequences(4)
+    for row, sequence in zip(reference_logits(checkpoint, ids), ids, strict=True):
+        np.testing.assert_allclose(logits_of(session, sequence), row, atol=1e-4)

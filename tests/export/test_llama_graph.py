@@ -263,6 +263,7 @@ def test_stored_types(checkpoint, tmp_path):
     [
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; the llama graph knows 'silu'"),
         ({"attention_bias": True}, "attention_bias = True"),
+        ({"head_dim": 8}, "heads of 8 channels; the llama graph knows multiples of 16"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
     ],
 )
