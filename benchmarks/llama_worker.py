@@ -89,10 +89,11 @@ class TorchWorker:
         import torch
 
         from samescore.calibrate.reference import load_reference
+        from samescore.export.checkpoint import Checkpoint
 
         torch.set_num_threads(threads)
         self.torch, self.pad = torch, pad
-        self.model = load_reference(model, dtype=precision)  # type: ignore[arg-type]
+        self.model = load_reference(Checkpoint(model), dtype=precision)  # type: ignore[arg-type]
         versions = {name: metadata.version(name) for name in ("torch", "transformers")}
         attention = str(self.model.config._attn_implementation)
         wait = os.environ.get("OMP_WAIT_POLICY", "default")

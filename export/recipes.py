@@ -24,7 +24,8 @@ class Recipe:
     embedding: format of the word embedding table; `int8-row` has one scale per row.
     contrib: fused com.microsoft operators, or plain ONNX with an attention mask.
     half: linear layers compute in float16; norms, softmax and the residual stream stay float32.
-    smoothing: whether int8 activations are smoothed (and centred, where the architecture can) from calibration texts.
+    smoothing: whether scales from calibration texts are folded in: int8 activations are smoothed (and centred, where the
+      architecture can), rounded weights favour channels with large activations.
     state: decoders also take and return their KV cache, for shared prefixes and for long texts in chunks.
     """
 
@@ -69,7 +70,7 @@ VARIANTS: tuple[VariantSpec, ...] = (
         "cpu-int4",
         "cpu",
         "int4",
-        Recipe("int4-blocks", "int8-row", contrib=True, opset=21, ir_version=10, state=True),
+        Recipe("int4-blocks", "int8-row", contrib=True, opset=21, ir_version=10, smoothing=True, state=True),
         "CPU, 4-bit weights in blocks of 32, int8 embedding, float32 head: the smallest file",
     ),
     VariantSpec(
@@ -90,7 +91,7 @@ VARIANTS: tuple[VariantSpec, ...] = (
         "migraphx-int8",
         "migraphx",
         "int8",
-        Recipe("int8-weights", "int8-row", contrib=False, opset=20, ir_version=10, half=True),
+        Recipe("int8-weights", "int8-row", contrib=False, opset=20, ir_version=10, smoothing=True, half=True),
         "ROCm through MIGraphX, int8 weights dequantized to float16, plain ONNX",
     ),
 )

@@ -27,6 +27,8 @@ GELU_ZERO_POINT = 32
 GELU_MINIMUM = 0.17
 # SmoothQuant's alpha for inputs that lose their mean first, and for those that do not.
 ALPHA_CENTRED, ALPHA = 0.65, 0.7
+# The same where only weights are rounded.
+ALPHA_WEIGHTS = 0.4
 # A gated feed-forward is computed in this many slices of its inner channels, each with its own activation scales.
 FFN_SLICES = 4
 
@@ -108,15 +110,17 @@ class FloatLinears:
         if self.taps and site not in self._tapped:
             self._tap(x, site, weight.shape[0])
         name = name or site
-        y = self._multiply(x, name, weight)
+        y = self._multiply(x, name, weight if rescaled is None else weight * rescaled.scale[:, None])
         return y if bias is None else self.g.op("Add", y, self.g.float_weight(f"{name}.bias", bias))
 
     def gated(self, x: ir.Value, prefix: str, weights: GatedWeights, rescaled: Rescaling | None) -> ir.Value:
         """See Linears."""
-        g = self.g
-        gate = self(x, f"{prefix}.gate_up", weights.gate, name=f"{prefix}.gate_proj")
-        up = self(x, f"{prefix}.gate_up", weights.up, name=f"{prefix}.up_proj")
-        return self(g.op("Mul", silu(g, gate), up), f"{prefix}.down_proj", weights.down)
+        g, site = self.g, f"{prefix}.down_proj"
+        inner = self.rescaling(site, weights.down, centred=False)
+        wide = weights.up if inner is None else weights.up / inner.scale
+        gate = self(x, f"{prefix}.gate_up", weights.gate, name=f"{prefix}.gate_proj", rescaled=rescaled)
+        up = self(x, f"{prefix}.gate_up", wide, name=f"{prefix}.up_proj", rescaled=rescaled)
+        return self(g.op("Mul", silu(g, gate), up), site, weights.down, rescaled=inner)
 
     def _multiply(self, x: ir.Value, name: str, weight: FloatArray) -> ir.Value:
         return self.g.op("MatMul", x, self.g.float_weight(f"{name}.weight", weight))
@@ -128,7 +132,27 @@ class FloatLinears:
             self.g.output(value, tap_name(site, statistic), ir.DataType.FLOAT, [channels])
 
 
-class WeightOnlyInt8Linears(FloatLinears):
+class WeightOnlyLinears(FloatLinears):
+    """Rounded weights, exact activations.
+
+    Where a graph can fold it, the weights of channels that carry large activations are scaled up before they are rounded,
+    so that they lose less (Lin et al. 2023, AWQ).
+    """
+
+    def __init__(self, g: GraphBuilder, statistics: Mapping[str, ChannelStatistics] | None):
+        super().__init__(g)
+        self.statistics = statistics
+
+    def rescaling(
+        self, site: str, weight: FloatArray, *, centred: bool = True, tied: tuple[int, int] | None = None
+    ) -> Rescaling | None:
+        """Scales alone; None where they could not be folded, or without calibration."""
+        if centred or self.statistics is None or not self.g.recipe.smoothing:
+            return None
+        return _smoothing(self.statistics[site].uncentred(), weight, ALPHA_WEIGHTS, tied)
+
+
+class WeightOnlyInt8Linears(WeightOnlyLinears):
     """int8 weights per output channel, dequantized before a float16 (or float32) MatMul: standard operators only."""
 
     def _multiply(self, x: ir.Value, name: str, weight: FloatArray) -> ir.Value:
@@ -139,7 +163,7 @@ class WeightOnlyInt8Linears(FloatLinears):
         return g.op("MatMul", x, dequantized)
 
 
-class Blocks4Linears(FloatLinears):
+class Blocks4Linears(WeightOnlyLinears):
     """4-bit weights in blocks of 32 inputs (MatMulNBits); activations are rounded to int8 blocks inside the operator."""
 
     def _multiply(self, x: ir.Value, name: str, weight: FloatArray) -> ir.Value:
@@ -194,10 +218,7 @@ class RowInt8Linears:
         statistics = self.statistics[site]
         if not centred:
             statistics = statistics.uncentred()
-        spread, largest = statistics.spread, np.abs(weight).max(axis=1)
-        if tied is not None:
-            spread, largest = _largest_of_tied(spread, *tied), _largest_of_tied(largest, *tied)
-        return Rescaling(statistics.mean, smoothing_scales(spread, largest, ALPHA_CENTRED if centred else ALPHA))
+        return _smoothing(statistics, weight, ALPHA_CENTRED if centred else ALPHA, tied)
 
     def __call__(
         self,
@@ -303,6 +324,15 @@ class RowInt8Linears:
         return g.op("Mul", peak, g.constant(1 / 127, np.float32))
 
 
+def _smoothing(
+    statistics: ChannelStatistics, weight: FloatArray, alpha: float, tied: tuple[int, int] | None
+) -> Rescaling:
+    spread, largest = statistics.spread, np.abs(weight).max(axis=1)
+    if tied is not None:
+        spread, largest = _largest_of_tied(spread, *tied), _largest_of_tied(largest, *tied)
+    return Rescaling(statistics.mean, smoothing_scales(spread, largest, alpha))
+
+
 def _largest_of_tied(values: FloatArray, repeats: int, size: int) -> FloatArray:
     """The largest of each tied set, at every one of its places; [groups * repeats * size]."""
     grouped = values.reshape(-1, repeats, size)
@@ -318,8 +348,8 @@ def make_linears(
         case "int8-row":
             return RowInt8Linears(g, statistics)
         case "int8-weights":
-            return WeightOnlyInt8Linears(g)
+            return WeightOnlyInt8Linears(g, statistics)
         case "int4-blocks":
-            return Blocks4Linears(g)
+            return Blocks4Linears(g, statistics)
         case _:
             return FloatLinears(g, taps=taps)
