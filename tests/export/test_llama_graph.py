@@ -31,7 +31,7 @@ TOLERANCE = {
     "cpu-int4": 0.8,
     "cuda-fp16": 5e-3,
     "migraphx-fp16": 5e-3,
-    "migraphx-int8": 0.12,
+    "migraphx-int8": 0.08,
 }
 PAD = 2
 
