@@ -73,6 +73,13 @@ class GoldenSet:
         """The known label of each text, or None."""
         return [text.label for text in self.texts]
 
+    def first(self, count: int | None) -> GoldenSet:
+        """The first texts (None: all). What bfloat16 drifts was measured over all of them, so fewer do not keep it."""
+        if count is None or count >= len(self.texts):
+            return self
+        reference = self.reference and replace(self.reference, bf16_mean_abs_dp=None, bf16_p99_abs_dp=None)
+        return GoldenSet(reference, self.texts[:count])
+
     def without_reference(self) -> GoldenSet:
         """The texts alone: no ids, no logits."""
         return GoldenSet(None, tuple(replace(text, input_ids=None, logits=None) for text in self.texts))

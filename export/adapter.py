@@ -137,13 +137,13 @@ class AdaptedCheckpoint(Checkpoint):
 
     `tensor` and `row_chunks` give float32 W + scaling * B A, one matrix (or block of rows) at a time; a tensor that the
     adapter stores whole (the head) takes the base's place. folder: the adapter's; its tokenizer and labels go before the
-    base's. labels: by name, in the order of the head's rows, in place of both.
+    base's.
 
     Raises CheckpointError for everything that is not plain LoRA, for a classifier without a trained head, and where
     adapter and base do not fit.
     """
 
-    def __init__(self, base: Checkpoint, folder: str | Path, *, labels: tuple[str, ...] | None = None):
+    def __init__(self, base: Checkpoint, folder: str | Path):
         self.base = base
         self.folder = Path(folder)
         self.adapter = AdapterConfig.read(self.folder)
@@ -157,7 +157,7 @@ class AdaptedCheckpoint(Checkpoint):
         self.supplied: frozenset[str] = frozenset()
         self._deltas: dict[str, _Delta] = {}
         self._read_adapter()
-        self._name_labels(labels)
+        self._name_labels()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -172,7 +172,7 @@ class AdaptedCheckpoint(Checkpoint):
             "an adapter does not record whether its base was quantized in training; here it lies on full precision",
         ]
         if self._labels_unknown:
-            notes.append("neither adapter nor base names the labels; they are numbered")
+            notes.append("neither adapter nor base names the labels")
         return tuple(notes)
 
     def tokenizer_bytes(self) -> bytes:
@@ -313,13 +313,12 @@ class AdaptedCheckpoint(Checkpoint):
                 f"({self.base.architecture}). Is it another base? Name the right one with --base"
             )
 
-    def _name_labels(self, labels: tuple[str, ...] | None) -> None:
+    def _name_labels(self) -> None:
         """Write the labels, and what the head's outputs mean, into the config."""
         rows = self.shape(self._head)[0]
         own = read_json(self.folder / "config.json")
         self._labels_unknown = False
-        if labels is None:
-            labels = labels_of(self.folder, own)
+        labels = labels_of(self.folder, own)
         if not labels:
             of_base = labels_of(self.base.folder, self.base.config)
             self._labels_unknown = len(of_base) != rows

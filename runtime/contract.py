@@ -98,6 +98,12 @@ def render_response(prompt: Any, response: Any, contract: TextContract) -> str:
     return f"{before}{prompt}{between}{response}{after}"
 
 
+def valid_template(template: str) -> bool:
+    """Whether a prompt-response template holds `{prompt}` and then `{response}`, once each."""
+    counted = template.count("{prompt}"), template.count("{response}")
+    return counted == (1, 1) and template.index("{prompt}") < template.index("{response}")
+
+
 def render_messages(messages: Sequence[Any], *, allow_role_tokens: bool = False) -> str:
     """`<|role|>content` for each message, with nothing between them.
 

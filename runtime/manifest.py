@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from samescore.runtime.contract import TextContract
+from samescore.runtime.contract import TextContract, valid_template
 from samescore.runtime.errors import BundleError, UsageError, did_you_mean
 
 SCHEMA_VERSION = 1
@@ -69,8 +69,10 @@ class FileEntry:
 class Variant:
     """One ONNX file made by one recipe.
 
-    `inputs` are the graph's inputs in order: `input_ids` int64 [batch, sequence], and `attention_mask` int64 of the same
-    shape where the graph can pad. The output is `logits` float32 [batch, labels].
+    `inputs` are the graph's inputs in order: `input_ids` int64 [batch, sequence]; where the graph can pad, `attention_mask`
+    int64 of the same shape, or for a decoder `lengths` int64 [batch], the count of real tokens (padding is on the right);
+    where it can go on from a state, `past_*` float32 [batch, heads, tokens, head size]. The outputs are `logits` float32
+    [batch, labels] and a `present_*` for each `past_*`.
     `recipe` says how the weights and activations are stored, for people and for rebuilding.
     """
 
@@ -135,6 +137,11 @@ def _check(manifest: Manifest) -> None:
     """What the types cannot say: safe paths, known digests, no duplicates, nothing unlisted."""
     if len(manifest.labels) < 1 or len(set(manifest.labels)) != len(manifest.labels):
         raise BundleError(f"{MANIFEST_NAME}: labels must be distinct and at least one, got {list(manifest.labels)}")
+    contract = manifest.contract
+    if contract.kind == "prompt-response" and not valid_template(contract.template):
+        raise BundleError(
+            f"{MANIFEST_NAME}: contract.template {contract.template!r} does not hold {{prompt}} and then {{response}}, once each"
+        )
     names = [variant.name for variant in manifest.variants]
     if not names or len(set(names)) != len(names):
         raise BundleError(f"{MANIFEST_NAME}: variants must have distinct names and be at least one, got {names}")

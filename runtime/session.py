@@ -88,6 +88,9 @@ def _forgetting(buffers: Iterable[Any]) -> Iterator[None]:
     They stay in the page cache, and those that are read again (embedding rows) come back from there.
     """
     mapped = [buffer for buffer in buffers if isinstance(buffer, mmap.mmap)]
+    if not mapped:
+        yield
+        return
     done = threading.Event()
 
     def forget() -> None:

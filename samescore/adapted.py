@@ -18,12 +18,10 @@ class AdapterOptions:
     """What a caller says of an adapter.
 
     subfolder: where it lies below the source. base: a folder or hub id, in place of the one that the adapter names.
-    labels: in the order of the head's rows, in place of those that adapter and base name.
     """
 
     subfolder: str | None = None
     base: str | os.PathLike[str] | None = None
-    labels: tuple[str, ...] | None = None
 
 
 def open_folder(
@@ -38,7 +36,7 @@ def open_folder(
     if is_adapter(folder):
         settings = AdapterConfig.read(folder)
         base, source = _open_base(settings, folder, options.base, progress=progress)
-        return AdaptedCheckpoint(base, folder, labels=options.labels), source
+        return AdaptedCheckpoint(base, folder), source
     if options.subfolder:
         raise UsageError(f"{folder} holds no {CONFIG_NAME}; {_adapters_there(folder.parent)}")
     if not (folder / "config.json").is_file() and adapters_below(folder):

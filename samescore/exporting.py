@@ -263,7 +263,7 @@ def _golden_texts(
     if limit is not None and limit < 1:
         raise UsageError(f"--golden-limit must be at least 1, got {limit}")
     golden = read_golden(Path(path) if path else PACKAGE / _texts_of(facts) / GOLDEN_NAME)
-    golden = replace(golden, texts=golden.texts[:limit])
+    golden = golden.first(limit)
     if golden.reference is not None and golden.reference.checkpoint_sha256 != source.sha256:
         if path is not None:
             raise UsageError(

@@ -46,6 +46,14 @@ def test_round_trip_is_lossless(golden, encoder):
     assert write_golden(encode_golden(read, encoder)) == write_golden(golden)
 
 
+def test_fewer_texts_keep_their_logits_and_not_the_yardstick(golden):
+    assert golden.first(None) is golden and golden.first(2) is golden
+    few = golden.first(1)
+    assert len(few.texts) == 1 and few.reference.bf16_mean_abs_dp is None and few.reference.bf16_p99_abs_dp is None
+    assert few.reference.checkpoint_sha256 == INFO.checkpoint_sha256
+    np.testing.assert_array_equal(few.logits(), golden.logits()[:1])
+
+
 def test_a_plain_list_of_texts(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "a", "label": "x", "source": "y"}\n\n{"text": "b", "logits": [1, 2]}\n')

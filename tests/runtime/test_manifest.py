@@ -51,6 +51,18 @@ def test_round_trip_of_an_adapter():
     assert parse_manifest(manifest.to_json()) == manifest
 
 
+@pytest.mark.parametrize(
+    "template", ["", "{prompt}", "{response} {prompt}", "{prompt} {prompt} {response}", "{prompt}{response}{response}"]
+)
+def test_a_template_takes_one_prompt_and_one_response(template):
+    doc = document()
+    doc["contract"].update(kind="prompt-response", template="{prompt} -> {response}")
+    assert parse(doc).contract.template == "{prompt} -> {response}"
+    doc["contract"]["template"] = template
+    with pytest.raises(BundleError, match=r"contract\.template .* does not hold \{prompt\} and then \{response\}"):
+        parse(doc)
+
+
 def test_variant_by_name():
     assert MANIFEST.variant("cpu-int8").precision == "int8"
     with pytest.raises(UsageError, match=r"no variant 'cpu-int9'; it has: cpu-int8. Did you mean 'cpu-int8'"):
