@@ -12,6 +12,7 @@ from samescore.export.adapter import MERGE_FIRST, AdaptedCheckpoint
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.quantize import ChannelStatistics
 from samescore.export.recipes import Recipe, VariantSpec
+from samescore.export.scorer import TokenScorer
 from samescore.runtime.errors import CheckpointError, MissingDependencyError, UsageError
 from samescore.runtime.manifest import Variant
 
@@ -23,13 +24,15 @@ DATA_NAME = "model.onnx.data"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A hand-built graph: the class of transformers it stands for, the function that builds it, and what it offers.
+    """A hand-built graph: the classes of transformers it stands for, the function that builds it, and what it offers.
 
-    variants: names, the first is the default. stages: the layers, cut so that calibration holds one stage at a time; or
-    None for a graph that is built whole.
+    classifiers: classes with a trained head. language_models: classes that label tokens make a classifier of
+    (`TokenScorer`). variants: names, the first is the default. stages: the layers, cut so that calibration holds one
+    stage at a time; or None for a graph that is built whole.
     """
 
-    class_name: str
+    classifiers: tuple[str, ...]
+    language_models: tuple[str, ...]
     build: Callable[..., Any]
     variants: tuple[str, ...]
     stages: Callable[[Checkpoint], list[range]] | None = None
@@ -42,14 +45,15 @@ def architectures() -> tuple[Architecture, ...]:
     except ImportError as error:
         raise MissingDependencyError(f"export needs {error.name}: pip install 'samescore[export]'") from error
     return (
-        Architecture(bert.ARCHITECTURE, bert.build, bert.VARIANTS),
-        Architecture(llama.ARCHITECTURE, llama.build, llama.VARIANTS, llama.stages),
+        Architecture((bert.ARCHITECTURE,), (), bert.build, bert.VARIANTS),
+        Architecture((llama.ARCHITECTURE,), ("LlamaForCausalLM",), llama.build, llama.VARIANTS, llama.stages),
     )
 
 
 def architecture_of(checkpoint: Checkpoint) -> Architecture | None:
     """The hand-built graph for a checkpoint's class, or None (the generic route)."""
-    return next((a for a in architectures() if a.class_name == checkpoint.architecture), None)
+    name, scorer = checkpoint.architecture, isinstance(checkpoint, TokenScorer)
+    return next((a for a in architectures() if name in (a.language_models if scorer else a.classifiers)), None)
 
 
 def check_variant(checkpoint: Checkpoint, spec: VariantSpec) -> None:
@@ -64,7 +68,17 @@ def check_variant(checkpoint: Checkpoint, spec: VariantSpec) -> None:
 
 
 def check_buildable(checkpoint: Checkpoint) -> None:
-    """CheckpointError for an adapter of an architecture without a hand-built graph: tracing would see its base alone."""
+    """CheckpointError for what neither a hand-built graph nor tracing can export as a classifier."""
+    known = [name for architecture in architectures() for name in architecture.language_models]
+    if checkpoint.architecture in known and not isinstance(checkpoint, TokenScorer):
+        raise CheckpointError(
+            f"{checkpoint.folder} holds a language model ({checkpoint.architecture}), not a classifier. To score its next "
+            "token, name the tokens: --label-tokens Yes,No"
+        )
+    if isinstance(checkpoint, TokenScorer) and checkpoint.architecture not in known:
+        raise CheckpointError(
+            f"{checkpoint.folder} is a {checkpoint.architecture}; label tokens are scored by {', '.join(known)}"
+        )
     if isinstance(checkpoint, AdaptedCheckpoint) and architecture_of(checkpoint) is None:
         raise CheckpointError(
             f"{checkpoint.folder} is an adapter for {checkpoint.architecture}, which has no hand-built graph. {MERGE_FIRST}"
