@@ -25,7 +25,8 @@ class Invariance:
 
     neighbours: in one call with another text (padded where the graph can pad). workers: many texts at once on
     single-threaded workers, against one at a time on all threads. prefix: its first half read before (as a prompt that
-    several responses share is), None for graphs that keep no state.
+    several responses share is), or nothing read before where the contract has a prompt that is read once; None for graphs
+    that keep no state.
     """
 
     neighbours: float

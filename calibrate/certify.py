@@ -14,7 +14,7 @@ from samescore.calibrate.golden import GoldenSet
 from samescore.calibrate.metrics import measure
 from samescore.runtime.bundle import ModelBytes
 from samescore.runtime.manifest import Activation, Precision, Target
-from samescore.runtime.prefill import feeds_for, logits_of, state_after
+from samescore.runtime.prefill import Ids, Reader, feeds_for, logits_of, state_after
 from samescore.runtime.scheduler import run_longest_first
 from samescore.runtime.session import Session
 
@@ -42,14 +42,16 @@ def certify(
     activation: Activation,
     precision: Precision,
     threads: int,
+    prefix: Ids | None = None,
     progress: Callable[[], None] | None = None,
 ) -> VariantParity:
     """Measure one variant against the golden set's reference logits, and judge it.
 
-    open_session: makes a session with that many threads per call. threads: CPU threads to use in all.
+    open_session: makes a session with that many threads per call. threads: CPU threads to use in all. prefix: the ids that
+    the bundle's texts begin with (`TextEncoder.prefix_ids`): texts are read exactly as the runtime reads them.
     """
     sequences = golden.input_ids()
-    logits = score_all(open_session(1), sequences, workers=threads, progress=progress)
+    logits = score_all(Reader(open_session(1), prefix), sequences, workers=threads, progress=progress)
     reference = golden.reference
     drift = measure(
         golden.logits(),
@@ -59,13 +61,13 @@ def certify(
         truth=golden.labels(),
         bf16_mean_abs_dp=reference.bf16_mean_abs_dp if reference else None,
     )
-    invariance = check_invariance(open_session(threads), sequences, logits)
+    invariance = check_invariance(Reader(open_session(threads), prefix), sequences, logits)
     tolerance = TOLERANCES[precision]
     return VariantParity(drift, invariance, tolerance, judge(drift, tolerance))
 
 
 def score_all(
-    session: Session,
+    reader: Reader,
     sequences: Sequence[npt.NDArray[np.int64]],
     *,
     workers: int,
@@ -74,7 +76,7 @@ def score_all(
     """Logits [texts, labels], each text alone."""
 
     def run(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        row = logits_of(session, ids)
+        row = reader.logits(ids)
         if progress is not None:
             progress()
         return row
@@ -83,18 +85,21 @@ def score_all(
 
 
 def check_invariance(
-    session: Session, sequences: Sequence[npt.NDArray[np.int64]], logits: npt.NDArray[np.float32]
+    reader: Reader, sequences: Sequence[npt.NDArray[np.int64]], logits: npt.NDArray[np.float32]
 ) -> Invariance:
-    """Score a sample again: alone on this session, beside another text, and behind a prefix that was read before."""
+    """Score a sample again: alone on this session, beside another text, and with other tokens read before."""
+    session = reader.session
     workers = neighbours = prefix = 0.0
     chosen = _sample(sequences)
     for place, index in enumerate(chosen):
         ids, other = sequences[index], sequences[chosen[place - 1]]
-        alone = logits_of(session, ids)
+        alone = reader.logits(ids)
+        whole = logits_of(session, ids) if reader.knows(ids) else alone
         workers = max(workers, float(np.abs(alone - logits[index]).max()))
         both, mask = pair(ids, other, can_pad=bool({"attention_mask", "lengths"} & set(session.inputs)))
         beside = session.run(feeds_for(session.inputs, both, mask))[0]
-        neighbours = max(neighbours, float(np.abs(beside - alone).max()))
+        neighbours = max(neighbours, float(np.abs(beside - whole).max()))
+        prefix = max(prefix, float(np.abs(whole - alone).max()))
         if session.has_state and len(ids) > 1:
             half = len(ids) // 2
             behind = logits_of(session, ids[half:], state_after(session, ids[:half]))

@@ -33,7 +33,8 @@ class ReferenceInfo:
     """Whose logits they are: the checkpoint's digest, and the versions and dtype that computed them.
 
     bf16_mean_abs_dp, bf16_p99_abs_dp: the drift of the reference's own bfloat16 run over these texts (the yardstick of
-    the noise ratio), None if not measured.
+    the noise ratio), None if not measured. label_mass_mean, label_mass_min: what the full vocabulary's softmax gives to
+    the label tokens over these texts, None for a classifier with a trained head.
     """
 
     checkpoint_sha256: str
@@ -42,6 +43,8 @@ class ReferenceInfo:
     transformers: str
     bf16_mean_abs_dp: float | None
     bf16_p99_abs_dp: float | None
+    label_mass_mean: float | None
+    label_mass_min: float | None
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,11 @@ class GoldenSet:
         return [text.label for text in self.texts]
 
     def first(self, count: int | None) -> GoldenSet:
-        """The first texts (None: all). What bfloat16 drifts was measured over all of them, so fewer do not keep it."""
+        """The first texts (None: all). Fewer do not keep what was measured over all: bfloat16's drift, the label mass."""
         if count is None or count >= len(self.texts):
             return self
-        reference = self.reference and replace(self.reference, bf16_mean_abs_dp=None, bf16_p99_abs_dp=None)
+        over_all = ("bf16_mean_abs_dp", "bf16_p99_abs_dp", "label_mass_mean", "label_mass_min")
+        reference = self.reference and replace(self.reference, **dict.fromkeys(over_all))
         return GoldenSet(reference, self.texts[:count])
 
     def without_reference(self) -> GoldenSet:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,8 +15,10 @@ import numpy.typing as npt
 
 from samescore.calibrate.golden import GoldenSet, ReferenceInfo, with_logits
 from samescore.calibrate.metrics import measure
+from samescore.calibrate.next_token import label_scores
 from samescore.export.adapter import CONFIG_NAME, AdaptedCheckpoint
 from samescore.export.checkpoint import Checkpoint
+from samescore.export.scorer import TokenScorer
 from samescore.runtime.errors import CheckpointError, MissingDependencyError
 
 DType = Literal["float32", "bfloat16"]
@@ -61,6 +64,14 @@ def reference_versions() -> tuple[str, str]:
     return str(torch.__version__), str(transformers.__version__)
 
 
+@dataclass(frozen=True)
+class ReferenceRun:
+    """Logits float32 [texts, labels]; of label tokens also the label mass float64 [texts] (see `next_token`), else None."""
+
+    logits: npt.NDArray[np.float32]
+    label_mass: npt.NDArray[np.float64] | None
+
+
 def reference_logits(
     checkpoint: Checkpoint,
     input_ids: Sequence[npt.NDArray[np.int64]],
@@ -68,29 +79,50 @@ def reference_logits(
     dtype: DType = "float32",
     progress: Callable[[], None] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Logits float32 [texts, labels] of a sequence classifier, each text alone and unpadded.
+    """Logits float32 [texts, labels], each text alone and unpadded: see `run_reference`."""
+    return run_reference(checkpoint, input_ids, dtype=dtype, progress=progress).logits
+
+
+def run_reference(
+    checkpoint: Checkpoint,
+    input_ids: Sequence[npt.NDArray[np.int64]],
+    *,
+    dtype: DType = "float32",
+    progress: Callable[[], None] | None = None,
+) -> ReferenceRun:
+    """A sequence classifier, or a language model at label tokens, over texts' ids int64 [sequence], each alone and unpadded.
 
     CheckpointError when the checkpoint lacks weights (transformers would invent random ones).
     """
     torch = import_torch()
     model = load_reference(checkpoint, dtype=dtype)
-    rows = []
+    label_ids = checkpoint.label_ids if isinstance(checkpoint, TokenScorer) else None
+    rows, masses = [], []
     with torch.inference_mode():
         for ids in input_ids:
-            logits = model(
-                input_ids=torch.from_numpy(ids[None, :]), attention_mask=torch.ones((1, len(ids)), dtype=torch.int64)
-            ).logits
-            rows.append(logits[0].float().numpy())
+            if label_ids is not None:
+                row, mass = label_scores(model, ids, label_ids)
+                masses.append(mass)
+            else:
+                tokens = torch.from_numpy(ids[None, :])
+                row = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0].float().numpy()
+            rows.append(row)
             if progress is not None:
                 progress()
-    return np.stack(rows).astype(np.float32)
+    return ReferenceRun(np.stack(rows).astype(np.float32), np.array(masses) if masses else None)
 
 
 def load_reference(checkpoint: Checkpoint, *, dtype: DType = "float32") -> Any:
-    """The transformers model in evaluation mode, from local safetensors only; an adapter is PEFT's, on and not merged."""
+    """The transformers model in evaluation mode, from local safetensors only; an adapter is PEFT's, on and not merged.
+
+    Of label tokens it is the whole language model. `AutoModelForCausalLM` takes the text model out of a multimodal
+    checkpoint: it renames `model.language_model.…` and never looks at the weights of other towers (Qwen3.5's text class
+    gives the multimodal class's logits bit for bit).
+    """
     if isinstance(checkpoint, AdaptedCheckpoint):
         return _load_adapted(checkpoint, dtype)
-    model, missing = _load_classifier(checkpoint.folder, dtype)
+    auto = "AutoModelForCausalLM" if isinstance(checkpoint, TokenScorer) else "AutoModelForSequenceClassification"
+    model, missing = _load(auto, checkpoint.folder, dtype)
     if missing:
         raise _random(checkpoint.folder, missing)
     return model.eval()
@@ -99,8 +131,12 @@ def load_reference(checkpoint: Checkpoint, *, dtype: DType = "float32") -> Any:
 def _load_adapted(checkpoint: AdaptedCheckpoint, dtype: DType) -> Any:
     """PEFT's model: the base in transformers, and the adapter beside its layers."""
     peft = import_peft()
-    model, missing = _load_classifier(
-        checkpoint.base.folder, dtype, num_labels=len(checkpoint.labels), ignore_mismatched_sizes=True
+    model, missing = _load(
+        "AutoModelForSequenceClassification",
+        checkpoint.base.folder,
+        dtype,
+        num_labels=len(checkpoint.labels),
+        ignore_mismatched_sizes=True,
     )
     # The base has no head of its own, or one for other labels: only what the adapter supplies may be missing.
     if invented := missing - checkpoint.supplied:
@@ -121,8 +157,8 @@ def _load_adapted(checkpoint: AdaptedCheckpoint, dtype: DType) -> Any:
     return adapted.eval()
 
 
-def _load_classifier(folder: Path, dtype: DType, **options: Any) -> tuple[Any, set[str]]:
-    """The transformers model, and the names of the weights that it had to invent."""
+def _load(auto: str, folder: Path, dtype: DType, **options: Any) -> tuple[Any, set[str]]:
+    """The model that one of transformers' auto classes makes, and the names of the weights that it had to invent."""
     if (folder / CONFIG_NAME).is_file():
         # transformers would load the adapter unasked, and does not find it.
         raise CheckpointError(
@@ -130,10 +166,10 @@ def _load_classifier(folder: Path, dtype: DType, **options: Any) -> tuple[Any, s
             "without that file, and export the copy"
         )
     torch = import_torch()
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
     with _quiet():
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = getattr(transformers, auto).from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             local_files_only=True,
@@ -156,12 +192,12 @@ def add_reference(golden: GoldenSet, checkpoint: Checkpoint, report: Reporter, *
     import_torch()
     ids = golden.input_ids()
     with report(f"PyTorch float32 reference on {len(ids)} texts", len(ids)) as tick:
-        logits = reference_logits(checkpoint, ids, progress=tick)
+        run = run_reference(checkpoint, ids, progress=tick)
     noise = None
     if yardstick:
         with report(f"PyTorch bfloat16 on {len(ids)} texts (the yardstick)", len(ids)) as tick:
             bf16 = reference_logits(checkpoint, ids, dtype="bfloat16", progress=tick)
-        noise = measure(logits, bf16, checkpoint.labels, checkpoint.activation)
+        noise = measure(run.logits, bf16, checkpoint.labels, checkpoint.activation)
     torch_version, transformers_version = reference_versions()
     info = ReferenceInfo(
         checkpoint_sha256=checkpoint.sha256(),
@@ -170,8 +206,10 @@ def add_reference(golden: GoldenSet, checkpoint: Checkpoint, report: Reporter, *
         transformers=transformers_version,
         bf16_mean_abs_dp=noise.mean_abs_dp if noise else None,
         bf16_p99_abs_dp=noise.p99_abs_dp if noise else None,
+        label_mass_mean=None if run.label_mass is None else float(run.label_mass.mean()),
+        label_mass_min=None if run.label_mass is None else float(run.label_mass.min()),
     )
-    return with_logits(golden, logits, info)
+    return with_logits(golden, run.logits, info)
 
 
 @contextmanager

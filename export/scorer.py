@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from samescore.export.checkpoint import Checkpoint, FloatArray, Stored, open_safetensors
 from samescore.runtime.errors import UsageError
+from samescore.runtime.manifest import Activation
 
 HEAD, EMBEDDING, SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
 # How multimodal checkpoints name the tensors of their text model.
@@ -39,14 +40,20 @@ class TokenScorer(Checkpoint):
         self._labels = tuple(labels)
         self.label_ids = label_ids(model, self._labels)
         self._stored = text_tensors(model.stored())
-        tied = self.config.get("tie_word_embeddings", HEAD not in self._stored)
-        self._head = EMBEDDING if tied else HEAD
+        # As transformers does: a head that is stored is the head, even if the config calls it tied to the embedding.
+        untied = HEAD in self._stored or self.config.get("tie_word_embeddings") is False
+        self._head = HEAD if untied else EMBEDDING
         self._where(self._head)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The label tokens' texts, in the order of the logits."""
         return self._labels
+
+    @property
+    def activation(self) -> Activation:
+        """Softmax: the labels are alternatives for one token."""
+        return "softmax"
 
     def names(self) -> list[str]:
         """The text model's tensors and the head."""

@@ -16,7 +16,7 @@ from samescore.runtime.contract import text_of_record
 from samescore.runtime.errors import InputError, UsageError
 from samescore.runtime.manifest import Manifest
 from samescore.runtime.prediction import Prediction, predict
-from samescore.runtime.prefill import common_prefix, logits_of, state_after
+from samescore.runtime.prefill import Reader, common_prefix, state_after
 from samescore.runtime.providers import choose
 from samescore.runtime.scheduler import run_longest_first
 from samescore.runtime.session import Session, State
@@ -68,10 +68,10 @@ class Classifier:
         large = sum(map(len, self._model.data.values())) > LARGE_BYTES
         self.workers = workers or (1 if large else self.threads)
         self._low_memory = low_memory
-        self._sessions: dict[int, Session] = {}
+        self._readers: dict[int, Reader] = {}
         self._lock = threading.Lock()
         # Only an explicit number of workers says that many texts will come at once.
-        self._session(max(1, self.threads // (workers or 1)))
+        self._reader(max(1, self.threads // (workers or 1)))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -186,8 +186,16 @@ class Classifier:
         """Score already tokenized texts; Predictions in input order. share_prefix: as `logits`."""
         sequences = [item.input_ids for item in encoded]
         rows = self.logits(sequences, workers=workers, share_prefix=share_prefix, progress=progress)
+        manifest = self.manifest
         return [
-            predict(row, self.labels, self.manifest.activation, tokens=len(item.input_ids), truncated=item.truncated)
+            predict(
+                row,
+                manifest.labels,
+                manifest.activation,
+                tokens=len(item.input_ids),
+                truncated=item.truncated,
+                values=manifest.values,
+            )
             for row, item in zip(rows, encoded, strict=True)
         ]
 
@@ -206,14 +214,14 @@ class Classifier:
         if workers is not None and workers < 1:
             raise UsageError(f"workers must be at least 1, got {workers}")
         count = min(workers or self.workers, len(sequences)) or 1
-        session = self._session(max(1, self.threads // count))
+        reader = self._reader(max(1, self.threads // count))
         state: State | None = None
-        if share_prefix and session.has_state and (shared := common_prefix(sequences)):
-            state = state_after(session, sequences[0][:shared])
+        if share_prefix and reader.session.has_state and (shared := common_prefix(sequences)):
+            state = state_after(reader.session, sequences[0][:shared])
             sequences = [ids[shared:] for ids in sequences]
 
         def run(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-            row = logits_of(session, ids, state)
+            row = reader.logits(ids, state)
             if progress is not None:
                 progress()
             return row
@@ -221,16 +229,16 @@ class Classifier:
         rows = run_longest_first(sequences, len, run, workers=count)
         return np.stack(rows) if rows else np.zeros((0, len(self.labels)), dtype=np.float32)
 
-    def _session(self, intra_op_threads: int) -> Session:
-        """The session with that many threads per call, made on first use over the same verified bytes."""
+    def _reader(self, intra_op_threads: int) -> Reader:
+        """Reads on a session with that many threads per call, made on first use over the same verified bytes."""
         with self._lock:
-            session = self._sessions.get(intra_op_threads)
-            if session is None:
+            reader = self._readers.get(intra_op_threads)
+            if reader is None:
                 session = Session(
                     self._model, self.target, intra_op_threads=intra_op_threads, low_memory=self._low_memory
                 )
-                self._sessions[intra_op_threads] = session
-            return session
+                reader = self._readers[intra_op_threads] = Reader(session, self.encoder.prefix_ids)
+            return reader
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> Classifier:

@@ -22,15 +22,17 @@ class TextContract:
 
     kind: `conversation` takes a role-token string (`<|user|>…<|assistant|>…`) or a list of `{role, content}` messages;
       `prompt-response` takes a prompt and a response and puts them into `template` (`{prompt}` and then `{response}`,
-      once each), or the string that this makes; `text` takes a string as it is.
+      once each), or the string that this makes; `instruction` takes an article, strips it and puts it into `template`
+      (`{text}`, once); `text` takes a string as it is.
     max_tokens: the limit, special tokens included. model_limit: how far a caller may raise it; None: not at all.
     truncation: `middle` replaces the middle of a long text by `ellipsis`; `right` keeps the first tokens, as
-      `truncation=True` of a Hugging Face tokenizer does.
+      `truncation=True` of a Hugging Face tokenizer does; `article` keeps the template whole and the article's first
+      tokens.
     """
 
-    kind: Literal["conversation", "prompt-response", "text"]
+    kind: Literal["conversation", "prompt-response", "instruction", "text"]
     max_tokens: int
-    truncation: Literal["middle", "right"]
+    truncation: Literal["middle", "right", "article"]
     ellipsis: str
     template: str = ""
     model_limit: int | None = None
@@ -53,7 +55,7 @@ class TextContract:
 
 
 def text_of_record(record: Mapping[str, Any], contract: TextContract, *, allow_role_tokens: bool = False) -> str:
-    """The contract's string for one JSON object; InputError when it holds none, two, or an empty one."""
+    """What `render` makes of one JSON object; InputError when it holds no text, two, or an empty one."""
     given = {name for names in contract.fields for name in names if record.get(name) is not None}
     chosen = next((names for names in contract.fields if given == set(names)), None)
     if chosen is None:
@@ -65,9 +67,13 @@ def text_of_record(record: Mapping[str, Any], contract: TextContract, *, allow_r
 
 
 def render(item: Any, contract: TextContract, *, allow_role_tokens: bool = False) -> str:
-    """The contract's string for a text, a list of messages (conversation) or `{prompt, response}` (prompt-response)."""
+    """The contract's string for a text, a list of messages (conversation) or `{prompt, response}` (prompt-response).
+
+    For an `instruction` it is the stripped article alone: where it is cut is counted in tokens, so the encoder fills the
+    template (`around_article`).
+    """
     if isinstance(item, str):
-        text = item
+        text = item.strip() if contract.kind == "instruction" else item
     elif contract.kind == "conversation" and isinstance(item, Sequence) and not isinstance(item, bytes):
         text = render_messages(item, allow_role_tokens=allow_role_tokens)
     elif contract.kind == "prompt-response" and isinstance(item, Mapping):
@@ -82,6 +88,7 @@ def render(item: Any, contract: TextContract, *, allow_role_tokens: bool = False
 _EXPECTED = {
     "conversation": "a string or a list of {role, content}",
     "prompt-response": "a string or an object {prompt, response}",
+    "instruction": "a string",
     "text": "a string",
 }
 
@@ -98,10 +105,20 @@ def render_response(prompt: Any, response: Any, contract: TextContract) -> str:
     return f"{before}{prompt}{between}{response}{after}"
 
 
-def valid_template(template: str) -> bool:
-    """Whether a prompt-response template holds `{prompt}` and then `{response}`, once each."""
-    counted = template.count("{prompt}"), template.count("{response}")
-    return counted == (1, 1) and template.index("{prompt}") < template.index("{response}")
+def around_article(contract: TextContract) -> tuple[str, str]:
+    """What an instruction's template says before the article and after it."""
+    before, _, after = contract.template.partition("{text}")
+    return before, after
+
+
+def template_error(contract: TextContract) -> str | None:
+    """What is wrong with the contract's template, or None: one place for each thing that is put into it, in order."""
+    wanted = {"prompt-response": ("{prompt}", "{response}"), "instruction": ("{text}",)}.get(contract.kind, ())
+    template = contract.template
+    places = [template.find(place) for place in wanted]
+    if all(template.count(place) == 1 for place in wanted) and places == sorted(places):
+        return None
+    return f"{template!r} does not hold {' and then '.join(wanted)}, once{' each' if len(wanted) > 1 else ''}"
 
 
 def render_messages(messages: Sequence[Any], *, allow_role_tokens: bool = False) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from samescore.runtime.contract import TextContract, valid_template
+from samescore.runtime.contract import TextContract, template_error
 from samescore.runtime.errors import BundleError, UsageError, did_you_mean
 
 SCHEMA_VERSION = 1
@@ -87,8 +88,21 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class LabelToken:
+    """A token of a language model's vocabulary that stands for a label: its id, and the text it is the token of."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """The whole of `bundle.json`; `files` covers every other file of the bundle by its relative path."""
+    """The whole of `bundle.json`; `files` covers every other file of the bundle by its relative path.
+
+    labels: in the order of the logits. values: what each ordinal label counts as, for expected values, or None where
+    labels are only names. label_tokens: for a language model read as a classifier, the token of each label, or None
+    where the model has a trained head.
+    """
 
     schema_version: int
     samescore_version: str
@@ -97,6 +111,8 @@ class Manifest:
     source: Source
     contract: TextContract
     labels: tuple[str, ...]
+    values: tuple[float, ...] | None
+    label_tokens: tuple[LabelToken, ...] | None
     activation: Activation
     variants: tuple[Variant, ...]
     files: Mapping[str, FileEntry] = field(default_factory=dict)
@@ -138,10 +154,14 @@ def _check(manifest: Manifest) -> None:
     if len(manifest.labels) < 1 or len(set(manifest.labels)) != len(manifest.labels):
         raise BundleError(f"{MANIFEST_NAME}: labels must be distinct and at least one, got {list(manifest.labels)}")
     contract = manifest.contract
-    if contract.kind == "prompt-response" and not valid_template(contract.template):
+    if wrong := template_error(contract):
+        raise BundleError(f"{MANIFEST_NAME}: contract.template {wrong}")
+    if (contract.kind == "instruction") != (contract.truncation == "article"):
         raise BundleError(
-            f"{MANIFEST_NAME}: contract.template {contract.template!r} does not hold {{prompt}} and then {{response}}, once each"
+            f"{MANIFEST_NAME}: contract.truncation is {contract.truncation!r}, but contract.kind {contract.kind!r}: "
+            "'article' and 'instruction' go together"
         )
+    _check_scorer(manifest)
     names = [variant.name for variant in manifest.variants]
     if not names or len(set(names)) != len(names):
         raise BundleError(f"{MANIFEST_NAME}: variants must have distinct names and be at least one, got {names}")
@@ -156,6 +176,18 @@ def _check(manifest: Manifest) -> None:
                 raise BundleError(
                     f"{MANIFEST_NAME}: variant {variant.name} names {path!r}, which `files` does not list"
                 )
+
+
+def _check_scorer(manifest: Manifest) -> None:
+    """One label token and one finite value per label, where there are any."""
+    for name, entries in (("label_tokens", manifest.label_tokens), ("values", manifest.values)):
+        if entries is not None and len(entries) != len(manifest.labels):
+            raise BundleError(f"{MANIFEST_NAME}: {name} has {len(entries)} entries for {len(manifest.labels)} labels")
+    tokens = manifest.label_tokens or ()
+    if len({token.id for token in tokens}) != len(tokens) or any(token.id < 0 for token in tokens):
+        raise BundleError(f"{MANIFEST_NAME}: label_tokens must have distinct ids, got {[token.id for token in tokens]}")
+    if not all(map(math.isfinite, manifest.values or ())):
+        raise BundleError(f"{MANIFEST_NAME}: values must be finite, got {list(manifest.values or ())}")
 
 
 T = TypeVar("T")

@@ -19,7 +19,9 @@ class Prediction:
 
     label: the most probable label. probability: its probability. probabilities: by label, in the model's order.
     logits: the raw float32 outputs in the same order. tokens: the length the model read. truncated: whether the text
-    was cut to the contract's limit.
+    was cut to the contract's limit. entropy: of the softmax probabilities, -sum p ln p in nats, from 0 (sure) to
+    ln(labels); None where each label has a sigmoid of its own. expected_value: sum p * value over ordinal labels; None
+    where labels have no values.
     """
 
     label: str
@@ -28,6 +30,8 @@ class Prediction:
     logits: tuple[float, ...]
     tokens: int
     truncated: bool
+    entropy: float | None = None
+    expected_value: float | None = None
 
     @property
     def margin(self) -> float:
@@ -43,12 +47,14 @@ class Prediction:
         return self.logits[index] - float(np.logaddexp.reduce(others))
 
     def to_record(self) -> dict[str, Any]:
-        """The fields that go into an output line."""
+        """The fields that go into an output line; `entropy` and `expected_value` where there are any."""
+        optional = {"entropy": self.entropy, "expected_value": self.expected_value}
         return {
             "label": self.label,
             "probability": self.probability,
             "probabilities": dict(self.probabilities),
             "logits": list(self.logits),
+            **{name: value for name, value in optional.items() if value is not None},
             "truncated": self.truncated,
         }
 
@@ -63,10 +69,22 @@ def probabilities_of(logits: npt.NDArray[Any], activation: Activation) -> npt.ND
     return result
 
 
+def entropy_of(probabilities: npt.NDArray[np.float64]) -> float:
+    """-sum p ln p in nats of one distribution [labels]; 0 ln 0 is 0."""
+    positive = probabilities[probabilities > 0]
+    return max(0.0, -float((positive * np.log(positive)).sum()))
+
+
 def predict(
-    logits: npt.NDArray[np.float32], labels: Sequence[str], activation: Activation, *, tokens: int, truncated: bool
+    logits: npt.NDArray[np.float32],
+    labels: Sequence[str],
+    activation: Activation,
+    *,
+    tokens: int,
+    truncated: bool,
+    values: Sequence[float] | None = None,
 ) -> Prediction:
-    """The Prediction for one row of logits [labels]."""
+    """The Prediction for one row of logits [labels]; values: of ordinal labels, in their order."""
     row = probabilities_of(logits, activation)
     best = int(row.argmax())
     return Prediction(
@@ -76,4 +94,6 @@ def predict(
         logits=tuple(float(x) for x in logits),
         tokens=tokens,
         truncated=truncated,
+        entropy=entropy_of(row) if activation == "softmax" else None,
+        expected_value=None if values is None else float(row @ np.asarray(values, dtype=np.float64)),
     )

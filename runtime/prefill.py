@@ -5,10 +5,13 @@ square, and reads what texts have in common once:
 
     common tokens → chunks → state ─┬→ rest of text 1 → logits
                                     └→ rest of text 2 → logits
+
+What all texts of a bundle begin with (an instruction's prompt) is read once per session: see `Reader`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +26,39 @@ CHUNK = 256
 SHORTEST_PREFIX = 16
 
 Ids = npt.NDArray[np.int64]
+
+
+class Reader:
+    """Reads texts on one session: the one way from ids to logits, for scoring and for measuring alike.
+
+    prefix: ids int64 [prefix] that texts begin with; where the graph keeps state and the prefix is worth a call, it is read
+    once, when the first such text comes, and every text that begins with it goes on from there. How a text is read depends
+    on its own ids alone, so its logits are bit for bit the same whatever was read before or beside it. Thread-safe.
+    """
+
+    def __init__(self, session: Session, prefix: Ids | None = None):
+        self.session = session
+        useful = prefix is not None and session.has_state and len(prefix) >= SHORTEST_PREFIX
+        self.prefix: Ids = prefix if prefix is not None and useful else np.zeros(0, np.int64)
+        self._state: State | None = None
+        self._lock = threading.Lock()
+
+    def logits(self, ids: Ids, state: State | None = None) -> npt.NDArray[np.float32]:
+        """Logits float32 [labels] of one text's ids int64 [sequence]; `state`: of the tokens before these."""
+        if state is not None or not self.knows(ids):
+            return logits_of(self.session, ids, state)
+        return logits_of(self.session, ids[len(self.prefix) :], self._prefix_state())
+
+    def knows(self, ids: Ids) -> bool:
+        """Whether these ids [sequence] begin with the prefix and have tokens of their own behind it."""
+        length = len(self.prefix)
+        return 0 < length < len(ids) and np.array_equal(ids[:length], self.prefix)
+
+    def _prefix_state(self) -> State | None:
+        with self._lock:
+            if self._state is None:
+                self._state = state_after(self.session, self.prefix)
+            return self._state
 
 
 def feeds_for(inputs: Sequence[str], input_ids: Ids, attention_mask: Ids | None = None) -> dict[str, npt.NDArray[Any]]:

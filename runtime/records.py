@@ -14,7 +14,9 @@ from samescore.runtime.prediction import Prediction
 
 # Lines scored at a time: enough to sort by length, few enough to keep memory flat.
 CHUNK = 1024
-OUTPUT_FIELDS = frozenset({"label", "probability", "probabilities", "logits", "truncated", "error"})
+OUTPUT_FIELDS = frozenset(
+    {"label", "probability", "probabilities", "logits", "entropy", "expected_value", "truncated", "error"}
+)
 
 
 @dataclass(frozen=True)

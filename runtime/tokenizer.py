@@ -14,11 +14,15 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from samescore.runtime.contract import TextContract, join_around_middle, render
-from samescore.runtime.errors import BundleError, InputError
+from samescore.runtime.contract import TextContract, around_article, join_around_middle, render
+from samescore.runtime.errors import BundleError, InputError, UsageError
 
 # Characters looked at first per token that is kept; more are read when a stretch of text yields fewer tokens.
 CHARACTERS_PER_TOKEN = 16
+# Fewer tokens of text than this are no text.
+LEAST_TEXT = 8
+# How an article may begin: what it does to the tokens before it shows which of them it cannot touch.
+BEGINNINGS = ("The", "a", "42", '"', "(", "--", ".", "#", "…", "我", "É", "\u0301", "👩", "{", "<", "`", "_", "$")
 
 
 @dataclass(frozen=True)
@@ -45,20 +49,59 @@ class TextEncoder:
         unknown = self.tokenizer.token_to_id("<unk>"), self.tokenizer.token_to_id("[UNK]")
         special = (number for number, token in self.tokenizer.get_added_tokens_decoder().items() if token.special)
         self._control = frozenset(special) - frozenset(unknown)
-        if contract.max_tokens <= self.special_tokens + 8:
+        if contract.max_tokens <= self.special_tokens + LEAST_TEXT:
             raise BundleError(f"the contract's limit of {contract.max_tokens} tokens leaves no room for text")
+        self.prefix_ids = self._instruction_prefix() if contract.kind == "instruction" else np.zeros(0, np.int64)
 
     def encode(self, item: Any, *, allow_role_tokens: bool = False) -> Encoded:
         """Token ids of a text or a conversation; InputError when it is empty or of the wrong shape."""
-        text = render(item, self.contract, allow_role_tokens=allow_role_tokens)
+        article = render(item, self.contract, allow_role_tokens=allow_role_tokens)
+        text = self._whole(article)
         limit = self.contract.max_tokens
         window = limit * CHARACTERS_PER_TOKEN
         if len(text) <= 2 * window or self._head(text, limit) == len(text):
             ids = self._ids(text)
             if len(ids) <= limit:
                 return self._encoded(ids, truncated=False)
-        fit = self._fit_middle if self.contract.truncation == "middle" else self._fit_right
-        return self._encoded(fit(text), truncated=True)
+        fit = {"middle": self._fit_middle, "right": self._fit_right, "article": self._fit_article}
+        return self._encoded(fit[self.contract.truncation](article), truncated=True)
+
+    def _whole(self, text: str) -> str:
+        """The string that is tokenized: of an instruction, the template around the article."""
+        if self.contract.kind != "instruction":
+            return text
+        before, after = around_article(self.contract)
+        return before + text + after
+
+    def _instruction_prefix(self) -> npt.NDArray[np.int64]:
+        """The tokens that every text of an instruction begins with, int64 [prefix].
+
+        Tokens can merge across the border of template and article, so a token counts only if articles that begin in many
+        ways leave it as it is. UsageError when the prompt leaves no room for an article.
+        """
+        prompt = "".join(around_article(self.contract))
+        self._refuse_control_tokens(prompt)
+        needed = len(self._ids(prompt)) + LEAST_TEXT
+        if self.contract.max_tokens < needed:
+            raise UsageError(
+                f"max_tokens {self.contract.max_tokens} leaves no room for an article: the prompt alone is "
+                f"{needed - LEAST_TEXT} tokens; name at least {needed}"
+            )
+        texts = [np.asarray(self._ids(self._whole(beginning)), dtype=np.int64) for beginning in BEGINNINGS]
+        shortest = min(map(len, texts))
+        same = np.all(np.stack([ids[:shortest] for ids in texts]) == texts[0][:shortest], axis=0)
+        return texts[0][: shortest if same.all() else int(np.argmin(same))]
+
+    def _refuse_control_tokens(self, prompt: str) -> None:
+        """Control tokens are read as plain text everywhere, so a template that needs them would not be what it looks like."""
+        self.tokenizer.encode_special_tokens = False
+        encoding = self.tokenizer.encode(prompt, add_special_tokens=False)
+        self.tokenizer.encode_special_tokens = True
+        found = [token for token, number in zip(encoding.tokens, encoding.ids, strict=True) if number in self._control]
+        if found:
+            raise BundleError(
+                f"the contract's template holds the control token {found[0]!r}; templates are plain text: leave it away"
+            )
 
     def _encoded(self, ids: list[int], *, truncated: bool) -> Encoded:
         if len(ids) <= self.special_tokens:
@@ -97,6 +140,17 @@ class TextEncoder:
             head_end = self._head(text, budget - tail)
             tail_start = max(head_end, self._tail(text, tail))
             ids = self._ids(join_around_middle(text, head_end, tail_start, self.contract))
+            if len(ids) <= limit:
+                return ids
+            budget -= len(ids) - limit
+        raise InputError(f"the text cannot be cut to {limit} tokens")
+
+    def _fit_article(self, article: str) -> list[int]:
+        """The template around the article's first tokens; at the cut they can merge otherwise, so the budget shrinks."""
+        limit = self.contract.max_tokens
+        budget = limit - len(self._ids(self._whole("")))
+        while budget > 0:
+            ids = self._ids(self._whole(article[: self._head(article, budget)]))
             if len(ids) <= limit:
                 return ids
             budget -= len(ids) - limit
