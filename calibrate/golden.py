@@ -80,8 +80,9 @@ class GoldenSet:
         """The first texts (None: all). Fewer do not keep what was measured over all: bfloat16's drift, the label mass."""
         if count is None or count >= len(self.texts):
             return self
-        over_all = ("bf16_mean_abs_dp", "bf16_p99_abs_dp", "label_mass_mean", "label_mass_min")
-        reference = self.reference and replace(self.reference, **dict.fromkeys(over_all))
+        reference = self.reference and replace(
+            self.reference, bf16_mean_abs_dp=None, bf16_p99_abs_dp=None, label_mass_mean=None, label_mass_min=None
+        )
         return GoldenSet(reference, self.texts[:count])
 
     def without_reference(self) -> GoldenSet:

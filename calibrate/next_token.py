@@ -19,17 +19,12 @@ import numpy.typing as npt
 LOW_MASS = 0.5
 
 
-def label_scores(
-    model: Any, ids: npt.NDArray[np.int64], label_ids: Sequence[int]
-) -> tuple[npt.NDArray[np.float32], float]:
-    """The label rows of the vocabulary's logits, float32 [labels], and the label mass in [0, 1], of one text's ids [sequence].
+def label_scores(model: Any, inputs: Any, label_ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], float]:
+    """The label rows of the vocabulary's logits, float32 [labels], and the label mass in [0, 1], of one unpadded text.
 
-    The text is read alone and unpadded; call it inside `torch.inference_mode()`.
+    inputs: torch's `input_ids` and `attention_mask`, int64 [1, sequence].
     """
-    import torch
-
-    tokens = torch.from_numpy(ids[None, :])
-    row = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), logits_to_keep=1).logits[0, -1]
+    row = model(**inputs, logits_to_keep=1).logits[0, -1]
     chosen = row[list(label_ids)]
     mass = (chosen.double().logsumexp(0) - row.double().logsumexp(0)).exp()
     return chosen.float().numpy(), min(1.0, float(mass))

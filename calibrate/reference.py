@@ -100,12 +100,13 @@ def run_reference(
     rows, masses = [], []
     with torch.inference_mode():
         for ids in input_ids:
+            tokens = torch.from_numpy(ids[None, :])
+            inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
             if label_ids is not None:
-                row, mass = label_scores(model, ids, label_ids)
+                row, mass = label_scores(model, inputs, label_ids)
                 masses.append(mass)
             else:
-                tokens = torch.from_numpy(ids[None, :])
-                row = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0].float().numpy()
+                row = model(**inputs).logits[0].float().numpy()
             rows.append(row)
             if progress is not None:
                 progress()

@@ -20,6 +20,28 @@ PROMPT_RESPONSE_2048 = TextContract(
 )
 # The card names no limit; longer articles are cut at the end.
 ARTICLE_8192 = TextContract(kind="text", max_tokens=8192, truncation="right", ellipsis="")
+# The card's prompt, character by character; it ends in a space, so that the next token is a bare digit.
+LEANING_8192 = TextContract(
+    kind="instruction",
+    max_tokens=8192,
+    truncation="article",
+    ellipsis="",
+    template="""You are an expert media bias analyst. Read the following news article and classify its political leaning \
+on a 0-4 scale.
+
+Article:
+{text}
+
+Scale:
+class 0: extremely left (far left)
+class 1: lean left
+class 2: center / neutral
+class 3: lean right
+class 4: extremely right (far right)
+
+SOLUTION
+The correct answer is: class """,
+)
 
 
 @dataclass(frozen=True)
@@ -27,9 +49,10 @@ class Profile:
     """What a name stands for.
 
     source: a hub id, or the name of a model that ships with the package. contract: how its text is made; None where the
-    checkpoint alone decides. labels: what the card calls them, for a checkpoint that only numbers its labels. adapter:
-    where in the repository the adapter lies. texts: the folder of the package that holds its golden and calibration
-    texts, or None. available: whether this version can export it. licence: what the source's card says.
+    checkpoint alone decides. labels: what the card calls them, for a checkpoint that only numbers its labels.
+    label_tokens: of a language model, the tokens whose probabilities are the score. adapter: where in the repository the
+    adapter lies. texts: the folder of the package that holds its golden and calibration texts, or None. available: whether
+    this version can export it. licence: what the source's card says.
     """
 
     name: str
@@ -41,6 +64,7 @@ class Profile:
     available: bool
     licence: str
     labels: tuple[str, ...] | None = None
+    label_tokens: tuple[str, ...] = ()
     adapter: str | None = None
 
 
@@ -93,10 +117,11 @@ PROFILES: tuple[Profile, ...] = (
         kind="hub",
         source="zhezhou1106/political-leaning-classifier-v2",
         summary="leaning 0-4 of an article, from five digit tokens; Qwen3.5-4B",
-        contract=None,
-        texts=None,
-        available=False,
-        licence="see the model card",
+        contract=LEANING_8192,
+        texts="texts/articles",
+        available=True,
+        licence="none stated on its card; its base is Qwen3.5-4B",
+        label_tokens=("0", "1", "2", "3", "4"),
     ),
     Profile(
         name="civic-aligned",
@@ -124,8 +149,8 @@ def profile_named(name: str) -> Profile:
         raise UsageError(f"unknown profile {name!r}; profiles are {', '.join(known)}.{did_you_mean(name, known)}")
     if not profile.available:
         raise UsageError(
-            f"profile {name!r} is planned: this version exports classifiers (BERT, Llama and, through transformers, others "
-            f"of the *ForSequenceClassification kind). Profiles that export today: {', '.join(known)}"
+            f"profile {name!r} is planned: this version exports classifiers, and language models that label tokens make "
+            f"classifiers of, but no chat models. Profiles that export today: {', '.join(known)}"
         )
     return profile
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from samescore.calibrate.certificate import TABLE_LEGEND, Certificate, parity_table
+from samescore.calibrate.next_token import mass_warning
 from samescore.export.profiles import Profile
 from samescore.runtime.manifest import BaseSource, FileEntry, Manifest, Source
 
@@ -22,11 +23,11 @@ def model_card(
         f"{v.recipe['embedding']} embedding; smoothing {v.recipe['smoothing']}; {v.recipe['graph']} |"
         for v in manifest.variants
     )
-    cut = (
-        f"the middle of a longer text is replaced by `{contract.ellipsis}`"
-        if contract.truncation == "middle"
-        else "a longer text is cut at the end"
-    )
+    cut = {
+        "middle": f"the middle of a longer text is replaced by `{contract.ellipsis}`",
+        "right": "a longer text is cut at the end",
+        "article": "a longer article is cut at its end, the prompt around it never",
+    }[contract.truncation]
     reads, example = _READS[contract.kind]
     verdict = "passed" if all(p.verdict.passed for p in certificate.variants.values()) else "FAILED"
     licence = facts.licence if facts else "see the source"
@@ -36,7 +37,7 @@ def model_card(
 (checkpoint digest `{source.sha256}`).{_on_base(source, notes)}
 
 It reads {reads}; {contract.max_tokens} tokens, {cut}. It says: {", ".join(manifest.labels)} ({manifest.activation}).
-
+{_label_tokens(manifest, certificate)}
 | variant | for | precision | size | recipe |
 |---|---|---|---|---|
 {variants}
@@ -61,6 +62,7 @@ from samescore import load
 classifier = load("BUNDLE")
 print({example})
 ```
+{_fields(manifest)}
 
 ## Licence and limits
 
@@ -79,8 +81,39 @@ _READS = {
         "a prompt and a response (`{prompt, response}`)",
         'classifier.score("prompt", ["response", "another response"])',
     ),
+    "instruction": ("an article (`text`), which it puts into a prompt", 'classifier("…")'),
     "text": ("a text", 'classifier("…")'),
 }
+
+
+def _label_tokens(manifest: Manifest, certificate: Certificate) -> str:
+    """How a language model's labels are read, with its prompt; nothing for a trained head."""
+    if not manifest.label_tokens:
+        return ""
+    tokens = ", ".join(f"`{token.text}` (id {token.id})" for token in manifest.label_tokens)
+    reference, contract = certificate.reference, manifest.contract
+    mass = (
+        f"Over the golden texts PyTorch gives these tokens {reference.label_mass_mean:.4f} of the probability of the whole "
+        f"vocabulary (mean; least {reference.label_mass_min:.4f}): near 1, the model answers with a label."
+        if reference.label_mass_mean is not None
+        else "What the whole vocabulary's softmax gives to these tokens was not measured."
+    )
+    warned = mass_warning(reference.label_mass_mean, manifest.labels)
+    warning = f" **Warning:** {warned}." if warned else ""
+    prompt = f"\n\nThe prompt:\n\n```\n{contract.template}\n```" if contract.kind == "instruction" else ""
+    return (
+        f"\nIt is a language model read as a classifier: the logits are those of the next token after the text, of {tokens}; "
+        f"the probabilities are their softmax. {mass}{warning}{prompt}\n"
+    )
+
+
+def _fields(manifest: Manifest) -> str:
+    """What a prediction holds beyond label, probabilities and logits."""
+    if manifest.activation != "softmax":
+        return ""
+    values = "" if manifest.values is None else f", values {', '.join(f'{value:g}' for value in manifest.values)}"
+    expected = f"; `.expected_value` is the mean label (sum p · value{values})" if values else ""
+    return f"\n`.entropy` is that of the probabilities in nats (0: sure){expected}.\n"
 
 
 def _origin(source: Source | BaseSource) -> str:

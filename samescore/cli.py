@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,12 @@ def _add_export(commands: Any) -> None:
     )
     command.add_argument(
         "--base", metavar="B", help="folder or hub id of the adapter's base (default: the one that the adapter names)"
+    )
+    command.add_argument(
+        "--label-tokens",
+        metavar="T,T",
+        help="SOURCE is a language model: score what it gives to these tokens as the next one, as in 0,1,2,3,4 or Yes,No "
+        "(one token each; white space counts)",
     )
     command.add_argument("--golden", metavar="FILE", help="JSONL texts for the gate, with or without reference logits")
     command.add_argument(
@@ -183,6 +189,7 @@ def _export(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         adapter_subfolder=arguments.adapter_subfolder,
         base=arguments.base,
+        label_tokens=arguments.label_tokens.split(",") if arguments.label_tokens is not None else (),
         golden=arguments.golden,
         calibration=arguments.calibration,
         max_tokens=arguments.max_tokens,
@@ -192,8 +199,20 @@ def _export(arguments: argparse.Namespace) -> int:
     )
     size = sum(entry.size for entry in result.manifest.files.values())
     print(parity_table(result.certificate.variants))
+    if said := _label_mass(dataclasses.asdict(result.certificate.reference)):
+        print(f"label mass     {said}")
     print(f"{result.path}: {len(result.manifest.files) + 1} files, {size / 1e6:.1f} MB")
+    if result.warning:
+        print(f"samescore: warning: {result.warning}", file=sys.stderr)
     return EXIT_OK
+
+
+def _label_mass(reference: Mapping[str, Any]) -> str | None:
+    """The reference's label mass in words; None for a model with a trained head, and where it was not measured."""
+    if reference["label_mass_mean"] is None:
+        return None
+    mean, least = reference["label_mass_mean"], reference["label_mass_min"]
+    return f"mean {mean:.4f}, least {least:.4f} of the next token's probability is on the labels"
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -217,6 +236,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(f"note        {note}")
     print(f"contract    {contract.kind}, {contract.max_tokens} tokens, cut {contract.truncation} {contract.ellipsis}")
     print(f"labels      {', '.join(manifest.labels)} ({manifest.activation})")
+    if manifest.label_tokens:
+        print(f"tokens      {', '.join(f'{token.text!r} = {token.id}' for token in manifest.label_tokens)}")
+    if manifest.values:
+        print(f"values      {', '.join(f'{value:g}' for value in manifest.values)} (for the expected value)")
+    if said := _label_mass(parity["reference"]):
+        print(f"label mass  {said}")
     for variant in manifest.variants:
         size = sum(entry.size for name, entry in manifest.files.items() if name.startswith(f"{variant.name}/"))
         drift, verdict = (parity["variants"][variant.name][key] for key in ("drift", "verdict"))

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samescore._progress import silent, step
-from samescore.adapted import AdapterOptions, open_folder
+from samescore.adapted import AdapterOptions
 from samescore.calibrate.activations import collect_statistics, read_model, stages_of
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
@@ -30,6 +30,7 @@ from samescore.calibrate.golden import (
     text_digests,
     write_golden,
 )
+from samescore.calibrate.next_token import mass_warning
 from samescore.calibrate.reference import Reporter, add_reference
 from samescore.card import model_card
 from samescore.export.adapter import AdaptedCheckpoint
@@ -51,6 +52,7 @@ from samescore.runtime.manifest import (
 )
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
+from samescore.scored import label_tokens_of, open_classifier, values_of
 
 PACKAGE = Path(__file__).parent
 DEFAULT_TEXTS = "models/refusal-tiny"
@@ -66,6 +68,11 @@ class ExportResult:
     manifest: Manifest
     certificate: Certificate
 
+    @property
+    def warning(self) -> str | None:
+        """What is strange about the source though its variants match it: label tokens that it does not answer with."""
+        return mass_warning(self.certificate.reference.label_mass_mean, self.manifest.labels)
+
 
 def export_bundle(
     source: str | os.PathLike[str],
@@ -76,6 +83,7 @@ def export_bundle(
     revision: str | None = None,
     adapter_subfolder: str | None = None,
     base: str | os.PathLike[str] | None = None,
+    label_tokens: Sequence[str] = (),
     golden: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | None = None,
     max_tokens: int | None = None,
@@ -89,10 +97,11 @@ def export_bundle(
     folder (an older bundle there is replaced). profile: whose text contract to apply. variants: names, the first one is
     its target's default (`cpu-int8` if none; `cpu-fp32` for architectures without a hand-built graph). revision: branch,
     tag or commit of a hub source. adapter_subfolder: where the adapter lies below the source. base: a folder or hub id,
-    in place of the base that the adapter names. golden, calibration: JSONL files of texts; golden texts may hold
-    reference logits, otherwise PyTorch computes them. max_tokens: where the bundle cuts longer texts (default: the
-    profile's limit). golden_limit: use only that many golden texts, from the first (large models take long on a CPU).
-    allow_drift: write the bundle even if a gate fails; its certificate says so.
+    in place of the base that the adapter names. label_tokens: of a language model, the texts (one token each) whose
+    probabilities as the next token are the score (default: the profile's). golden, calibration: JSONL files of texts;
+    golden texts may hold reference logits, otherwise PyTorch computes them. max_tokens: where the bundle cuts longer texts
+    (default: the profile's limit). golden_limit: use only that many golden texts, from the first (large models take long
+    on a CPU). allow_drift: write the bundle even if a gate fails; its certificate says so.
 
     Raises GateError (nothing is written), CheckpointError, UsageError, InputError or MissingDependencyError.
     """
@@ -101,7 +110,7 @@ def export_bundle(
     check_target(target)
     adapter = AdapterOptions(adapter_subfolder, base)
     opened, checkpoint, facts = open_source(
-        source, profile=profile, revision=revision, adapter=adapter, progress=progress
+        source, profile=profile, revision=revision, adapter=adapter, label_tokens=label_tokens, progress=progress
     )
     specs = _specs(checkpoint, variants)
     contract = contract_for(checkpoint, facts, max_tokens)
@@ -127,6 +136,7 @@ def export_bundle(
                     activation=checkpoint.activation,
                     precision=spec.precision,
                     threads=threads,
+                    prefix=encoder.prefix_ids,
                     progress=tick,
                 )
         assert texts.reference is not None
@@ -140,6 +150,8 @@ def export_bundle(
             source=opened,
             contract=contract,
             labels=labels,
+            values=values_of(checkpoint),
+            label_tokens=label_tokens_of(checkpoint),
             activation=checkpoint.activation,
             variants=tuple(built),
         )
@@ -155,11 +167,13 @@ def open_source(
     profile: str | None,
     revision: str | None,
     adapter: AdapterOptions | None = None,
+    label_tokens: Sequence[str] = (),
     progress: bool,
 ) -> tuple[Source, Checkpoint, Profile | None]:
     """Find the checkpoint that `source` means, fetch it if it is on the hub, and the profile whose facts apply.
 
-    adapter: for an adapter, where it lies below the source and on which base.
+    adapter: for an adapter, where it lies below the source and on which base. label_tokens: of a language model; the
+    profile's if none are named.
     """
     adapter = adapter or AdapterOptions()
     name = os.fspath(source)
@@ -170,14 +184,16 @@ def open_source(
         facts = facts or named
         name = named.source
         adapter = replace(adapter, subfolder=adapter.subfolder or named.adapter)
+    tokens = tuple(label_tokens) or (facts.label_tokens if facts else ())
+    if named is not None:
         if named.kind == "embedded":
             _no_revision(revision, "a model that ships with samescore")
-            checkpoint, _ = open_folder(PACKAGE / "models" / name, adapter)
+            checkpoint, _ = open_classifier(PACKAGE / "models" / name, adapter, tokens)
             return Source("embedded", name, None, checkpoint.sha256(), None, ()), checkpoint, facts
     elif Path(name).is_dir():
         _no_revision(revision, "a folder")
         folder = Path(name) / (adapter.subfolder or "")
-        checkpoint, below = open_folder(folder, adapter, progress=progress)
+        checkpoint, below = open_classifier(folder, adapter, tokens, progress=progress)
         return (
             _source("folder", Path(name).resolve().name, None, adapter.subfolder, checkpoint, below),
             checkpoint,
@@ -188,7 +204,7 @@ def open_source(
             f"{name!r} is neither a profile (samescore profiles lists them), nor a folder, nor a hub id (owner/name)"
         )
     snapshot = fetch(name, revision, subfolder=adapter.subfolder, progress=progress)
-    checkpoint, below = open_folder(snapshot.folder, adapter, progress=progress)
+    checkpoint, below = open_classifier(snapshot.folder, adapter, tokens, progress=progress)
     return _source("hub", name, snapshot.revision, adapter.subfolder, checkpoint, below), checkpoint, facts
 
 

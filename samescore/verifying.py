@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from samescore._progress import silent, step
-from samescore.adapted import AdapterOptions, open_folder
+from samescore.adapted import AdapterOptions
 from samescore.calibrate.certificate import Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
 from samescore.calibrate.golden import GoldenSet, encode_golden, read_golden
@@ -15,10 +16,11 @@ from samescore.calibrate.reference import Reporter, add_reference
 from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.bundle import Bundle
 from samescore.runtime.errors import BundleError, ProviderError, UsageError
-from samescore.runtime.manifest import Manifest, Target, Variant
+from samescore.runtime.manifest import LabelToken, Manifest, Target, Variant
 from samescore.runtime.providers import available_targets, choose
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
+from samescore.scored import label_tokens_of, open_classifier
 
 GOLDEN_NAME = "golden.jsonl"
 
@@ -67,7 +69,10 @@ def verify(
         golden = encode_golden(golden, encoder)
         note = None
         if reference is not None:
-            checkpoint, _ = open_folder(Path(reference), AdapterOptions(base=base), progress=progress)
+            texts_of_labels = [token.text for token in manifest.label_tokens or ()]
+            checkpoint, _ = open_classifier(
+                Path(reference), AdapterOptions(base=base), texts_of_labels, progress=progress
+            )
             golden, note = _reference(golden, checkpoint, manifest, report)
         threads = available_threads()
         parity: dict[str, VariantParity] = {}
@@ -80,6 +85,7 @@ def verify(
                     activation=manifest.activation,
                     precision=chosen.precision,
                     threads=threads,
+                    prefix=encoder.prefix_ids,
                     progress=tick,
                 )
     assert golden.reference is not None
@@ -109,11 +115,20 @@ def _reference(
         raise UsageError(
             f"{folder} has labels {', '.join(checkpoint.labels)}; the bundle has {', '.join(manifest.labels)}"
         )
+    if label_tokens_of(checkpoint) != manifest.label_tokens:
+        raise UsageError(
+            f"{folder} has another tokenizer than the bundle: its label tokens are {_tokens(label_tokens_of(checkpoint))}, "
+            f"the bundle's {_tokens(manifest.label_tokens)}"
+        )
     golden = add_reference(golden, checkpoint, report)
     assert golden.reference is not None
     if golden.reference.checkpoint_sha256 == manifest.source.sha256:
         return golden, None
     return golden, f"{folder} is not the checkpoint that the bundle was made from (another digest)"
+
+
+def _tokens(tokens: Sequence[LabelToken] | None) -> str:
+    return ", ".join(f"{token.text!r} = {token.id}" for token in tokens or ()) or "none"
 
 
 def _runnable(manifest: Manifest, variant: str | None, provider: str) -> list[tuple[Variant, Target]]:
