@@ -66,6 +66,119 @@ def train_tokenizer(folder: Path, **config: object) -> int:
     return int(tokenizer.get_vocab_size())
 
 
+# The split regex of Llama 3 and Qwen3.5, without marks.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_byte_tokenizer(folder: Path, *, begin: bool, extra: str = "") -> int:
+    """Write a byte-level BPE tokenizer (each digit a token, as in Llama 3 and Qwen) into `folder`; its vocabulary size.
+
+    begin: put `<|begin|>` before every text, as Llama does and Qwen does not.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((WORDS + extra).splitlines() * 3, trainer)
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", 0)]
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return int(tokenizer.get_vocab_size())
+
+
+def tiny_language_model(folder: Path, *, begin: bool = True, **overrides: object) -> Path:
+    """A random `LlamaForCausalLM` of 2 layers that reads long prompts, with a byte-level tokenizer."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from samescore.export.profiles import profile_named
+
+    prompt = profile_named("political-leaning").contract.template
+    settings: dict[str, object] = {
+        "vocab_size": train_byte_tokenizer(folder, begin=begin, extra=prompt),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": True,
+        **overrides,
+    }
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny causal language model whose tokenizer makes each digit one token. Do not change it: copy it."""
+    return tiny_language_model(tmp_path_factory.mktemp("language") / "model")
+
+
+@pytest.fixture(scope="session")
+def article_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Golden and calibration articles (JSONL) of many lengths, disjoint; the longest above the tiny model's limit."""
+    folder = tmp_path_factory.mktemp("articles")
+    words = WORDS.split()
+    golden = [" ".join(words[i : i + 1 + 3 * i]) for i in range(24)] + [
+        "bread and salt. " * 900,
+        "{text}\n\n{0} 我不能",
+    ]
+    calibration = [" ".join(reversed(words[i : i + 3 + i % 30])) + " calibration" for i in range(8)]
+    for name, texts in (("golden", golden), ("calibration", calibration)):
+        lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "golden.jsonl", folder / "calibration.jsonl"
+
+
+@pytest.fixture(scope="session")
+def scorer_bundle(
+    language_model: Path, article_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A bundle of the tiny language model at five digits, in the political-leaning prompt. Do not change it: copy it."""
+    from samescore import export_bundle
+
+    output = tmp_path_factory.mktemp("bundle") / "scorer"
+    golden, calibration = article_files
+    export_bundle(
+        language_model,
+        output,
+        profile="political-leaning",
+        variants=["cpu-fp32", "cpu-int8"],
+        golden=golden,
+        calibration=calibration,
+        allow_drift=True,  # a random model is no subject for int8
+    )
+    return output
+
+
 def tiny_bert(folder: Path, **overrides: object) -> Path:
     """A random `BertForSequenceClassification` of 3 layers whose logits vary with the text."""
     torch = pytest.importorskip("torch")
