@@ -15,7 +15,7 @@ from samescore.runtime.contract import TextContract
 from samescore.runtime.errors import BundleError, InputError
 from samescore.runtime.tokenizer import TextEncoder
 
-INFO = ReferenceInfo("a" * 64, "float32", "2.13.0", "5.23.0", 1e-3, 1e-2)
+INFO = ReferenceInfo("a" * 64, "float32", "2.13.0", "5.23.0", 1e-3, 1e-2, None, None)
 CONTRACT = TextContract("conversation", 64, "middle", "<|...|>")
 
 

@@ -32,6 +32,30 @@ def test_realigned_is_the_card_s_string():
     assert contract.max_tokens == 2048 and contract.truncation == "right"
 
 
+def test_political_leaning_is_the_card_s_prompt():
+    """Character by character, with the space at the end: the next token is a bare digit."""
+    profile = profile_named("political-leaning")
+    lines = [
+        "You are an expert media bias analyst. Read the following news article and "
+        "classify its political leaning on a 0-4 scale.",
+        "",
+        "Article:",
+        "{text}",
+        "",
+        "Scale:",
+        "class 0: extremely left (far left)",
+        "class 1: lean left",
+        "class 2: center / neutral",
+        "class 3: lean right",
+        "class 4: extremely right (far right)",
+        "",
+        "SOLUTION",
+        "The correct answer is: class ",
+    ]
+    assert profile.contract.template == "\n".join(lines)
+    assert profile.contract.max_tokens == 8192 and profile.label_tokens == ("0", "1", "2", "3", "4")
+
+
 def test_limits_follow_the_checkpoint(llama_checkpoint):
     checkpoint, profile = Checkpoint(llama_checkpoint), profile_named("news-bias")
     assert contract_for(checkpoint, profile).max_tokens == 2048  # the tiny model's positions, below the profile's 8192

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from samescore.runtime.contract import TextContract
 from samescore.runtime.errors import BundleError, UsageError
-from samescore.runtime.manifest import BaseSource, FileEntry, Manifest, Source, Variant, parse_manifest
+from samescore.runtime.manifest import BaseSource, FileEntry, LabelToken, Manifest, Source, Variant, parse_manifest
 
 MANIFEST = Manifest(
     schema_version=1,
@@ -18,6 +18,8 @@ MANIFEST = Manifest(
     source=Source("hub", "owner/name", "a" * 40, "b" * 64, None, ()),
     contract=TextContract("conversation", 512, "middle", "<|...|>"),
     labels=("Non-refusal", "Refusal"),
+    values=None,
+    label_tokens=None,
     activation="softmax",
     variants=(
         Variant(
@@ -63,6 +65,30 @@ def test_a_template_takes_one_prompt_and_one_response(template):
         parse(doc)
 
 
+@pytest.mark.parametrize("template", ["", "no place", "{text} {text}", "{ text }"])
+def test_an_instruction_s_template_takes_one_article(template):
+    doc = document()
+    doc["contract"].update(kind="instruction", truncation="article", template="{text} {prompt} {text", ellipsis="")
+    assert parse(doc).contract.kind == "instruction"
+    doc["contract"]["template"] = template
+    with pytest.raises(BundleError, match=r"contract\.template .* does not hold \{text\}, once$"):
+        parse(doc)
+
+
+@pytest.mark.parametrize(("kind", "truncation"), [("instruction", "right"), ("text", "article")])
+def test_an_instruction_cuts_its_article_and_nothing_else_does(kind, truncation):
+    doc = document()
+    doc["contract"].update(kind=kind, truncation=truncation, template="{text}")
+    with pytest.raises(BundleError, match="'article' and 'instruction' go together"):
+        parse(doc)
+
+
+def test_round_trip_of_label_tokens():
+    tokens = (LabelToken(15, "0"), LabelToken(16, "1"))
+    manifest = dataclasses.replace(MANIFEST, labels=("0", "1"), values=(0.0, 1.5), label_tokens=tokens)
+    assert parse_manifest(manifest.to_json()) == manifest
+
+
 def test_variant_by_name():
     assert MANIFEST.variant("cpu-int8").precision == "int8"
     with pytest.raises(UsageError, match=r"no variant 'cpu-int9'; it has: cpu-int8. Did you mean 'cpu-int8'"):
@@ -84,6 +110,13 @@ def set_at(doc, path, value):
         (["labels"], "ab", "labels: expected a list, got str"),
         (["labels"], ["a", "a"], "distinct"),
         (["labels"], [], "at least one"),
+        (["values"], [0.0], "values has 1 entries for 2 labels"),
+        (["values"], [0.0, float("nan")], "values must be finite"),
+        (["values"], ["0", "1"], r"values\[0\]: expected float, got str"),
+        (["label_tokens"], [{"id": 1, "text": "a"}], "label_tokens has 1 entries for 2 labels"),
+        (["label_tokens"], [{"id": 1, "text": "a"}] * 2, r"label_tokens must have distinct ids, got \[1, 1\]"),
+        (["label_tokens"], [{"id": -1, "text": "a"}, {"id": 1, "text": "b"}], "distinct ids"),
+        (["label_tokens"], [{"id": 1}], r"label_tokens\[0\]: missing 'text'"),
         (["activation"], "relu", "'relu' is none of 'softmax', 'sigmoid'"),
         (["source", "kind"], "ftp", "source.kind"),
         (["source", "revision"], 7, r"source\.revision: expected str, got int"),
