@@ -52,7 +52,7 @@ def test_own_fields_are_kept_beside_ours(classifier):
 
 def test_output_fields(classifier):
     (record,) = scored(classifier, b'{"text": "bread"}')
-    assert list(record) == ["text", "label", "probability", "probabilities", "logits", "truncated"]
+    assert list(record) == ["text", "label", "probability", "probabilities", "logits", "entropy", "truncated"]
 
 
 def test_plain_text(classifier):
