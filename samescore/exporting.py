@@ -120,27 +120,13 @@ def export_bundle(
     texts = _golden_texts(golden, facts, opened, encoder, golden_limit)
     needs_statistics = any(spec.recipe.smoothing for spec in specs) and architecture_of(checkpoint)
     calibration_ids = _calibration_ids(calibration, facts, encoder, texts) if needs_statistics else []
-    threads = available_threads()
     with staging_folder(target) as staging:
         if texts.reference is None:
             texts = add_reference(texts, checkpoint, report, yardstick=True)
         built = _build(checkpoint, specs, staging, calibration_ids, report)
-        parity: dict[str, VariantParity] = {}
-        for spec in specs:
-            with report(f"measuring {spec.name} on {len(texts.texts)} golden texts", len(texts.texts)) as tick:
-                # Any box can measure a plain ONNX file on its CPU.
-                parity[spec.name] = certify(
-                    SessionMaker(read_model(staging / spec.name), "cpu"),
-                    texts,
-                    labels=labels,
-                    activation=checkpoint.activation,
-                    precision=spec.precision,
-                    threads=threads,
-                    prefix=encoder.prefix_ids,
-                    progress=tick,
-                )
-        assert texts.reference is not None
-        certificate = Certificate(texts.reference, environment(threads), parity)
+        certificate = _measure(
+            checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report
+        )
         _gate(certificate, allow_drift)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -240,6 +226,35 @@ def _build(
         with report(f"building {spec.name}"):
             built.append(build_variant(checkpoint, spec, staging, statistics=statistics))
     return built
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    specs: Sequence[VariantSpec],
+    staging: Path,
+    texts: GoldenSet,
+    *,
+    labels: Sequence[str],
+    prefix: npt.NDArray[np.int64],
+    report: Reporter,
+) -> Certificate:
+    """Every built variant against the golden set's reference. Any box can measure a plain ONNX file on its CPU."""
+    threads = available_threads()
+    parity: dict[str, VariantParity] = {}
+    for spec in specs:
+        with report(f"measuring {spec.name} on {len(texts.texts)} golden texts", len(texts.texts)) as tick:
+            parity[spec.name] = certify(
+                SessionMaker(read_model(staging / spec.name), "cpu"),
+                texts,
+                labels=labels,
+                activation=checkpoint.activation,
+                precision=spec.precision,
+                threads=threads,
+                prefix=prefix,
+                progress=tick,
+            )
+    assert texts.reference is not None
+    return Certificate(texts.reference, environment(threads), parity)
 
 
 def compact_json(raw: bytes) -> bytes:
