@@ -179,6 +179,25 @@ def scorer_bundle(
     return output
 
 
+def plain_graph(folder: Path, widths: dict[str, int], body: Any) -> Path:
+    """A graph in the plain recipe: inputs float32 [batch, sequence, width], output `result` of `body(builder, *inputs)`."""
+    import onnx_ir as ir
+
+    from samescore.export.build import DATA_NAME, MODEL_NAME
+    from samescore.export.graphs.blocks import GraphBuilder
+    from samescore.export.recipes import variant_spec
+    from samescore.export.weights import WeightFile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = WeightFile(folder / DATA_NAME)
+    g = GraphBuilder(weights, variant_spec("migraphx-fp16").recipe)
+    inputs = [g.input(name, ir.DataType.FLOAT, ["batch", "sequence", width]) for name, width in widths.items()]
+    g.output(body(g, *inputs), "result", ir.DataType.FLOAT, ["batch", None, None])
+    weights.close()
+    ir.save(g.model("plain"), folder / MODEL_NAME)
+    return folder / MODEL_NAME
+
+
 def tiny_bert(folder: Path, **overrides: object) -> Path:
     """A random `BertForSequenceClassification` of 3 layers whose logits vary with the text."""
     torch = pytest.importorskip("torch")
