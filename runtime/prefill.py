@@ -1,7 +1,7 @@
 """From token ids to logits: a graph's inputs, long texts in chunks, and prefixes that several texts share.
 
-A graph that keeps state (KV cache, recurrent states) reads a text in chunks, so that memory grows with the text's length and not with its
-square, and reads what texts have in common once:
+A graph that keeps state (KV cache, recurrent states) reads a text in chunks, so that memory grows with the length of the
+text and not with its square, and reads what texts have in common once:
 
     common tokens → chunks → state ─┬→ rest of text 1 → logits
                                     └→ rest of text 2 → logits
