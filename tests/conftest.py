@@ -245,6 +245,9 @@ def tiny_qwen3_5(folder: Path, *, multimodal: bool = False, **overrides: object)
             parameter.data.uniform_(-5, 0.5)
         elif "norm" in name:
             parameter.data.add_(torch.empty_like(parameter).normal_(0, 0.2))
+        elif name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+            # What a layer adds is smaller than the residual stream, else rounding errors grow from layer to layer.
+            parameter.data.normal_(0, 0.04)
         else:
             parameter.data.normal_(0, 0.4 if "conv1d" in name else 0.1)
     model.save_pretrained(folder)
