@@ -254,6 +254,12 @@ def tiny_qwen3_5(folder: Path, *, multimodal: bool = False, **overrides: object)
     return folder
 
 
+@pytest.fixture(scope="session")
+def qwen3_5_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3.5 language model, text only."""
+    return tiny_qwen3_5(tmp_path_factory.mktemp("qwen3_5") / "checkpoint")
+
+
 def label_tokens(folder: Path, count: int = 5) -> list[str]:
     """Texts that a checkpoint's tokenizer encodes as one token each."""
     from tokenizers import Tokenizer

@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -106,6 +105,14 @@ def test_variants_match_pytorch(checkpoint, statistics, tmp_path, name, calibrat
     quantized = build(checkpoint, name, tmp_path / name, statistics=statistics if calibrated else None)
     difference = np.abs(scores(quantized, ids) - reference_logits(checkpoint, ids))
     assert difference.mean() < MEAN[name]
+
+
+@pytest.mark.parametrize("name", ["cpu-int4", "cuda-int8"])
+def test_widths_that_no_block_divides(tmp_path, name):
+    checkpoint = scorer(tiny_qwen3_5(tmp_path / "checkpoint", intermediate_size=40, hidden_size=72))
+    ids = sequences(checkpoint, [1, 7, 33, 65, 90])
+    session = build(checkpoint, name, tmp_path / name)
+    assert np.abs(scores(session, ids) - reference_logits(checkpoint, ids)).mean() < MEAN[name]
 
 
 @pytest.mark.parametrize("token", [0, 7])
@@ -422,19 +429,44 @@ def test_stored_types(checkpoint, tmp_path):
 
 
 def test_float32_islands_of_half_recipes(checkpoint, tmp_path):
-    """Delta rule, gates and convolution read and write float32, matrix products float16."""
-    folder: Path = tmp_path / "model"
-    build(checkpoint, "cuda-fp16", folder)
-    model = onnx.shape_inference.infer_shapes(onnx.load(folder / MODEL_NAME, load_external_data=False))
-    makers = {output: node for node in model.graph.node for output in node.output}
-    casts = {"Conv": 0, "MatMul": 0}
-    for node in model.graph.node:
-        if node.op_type == "Conv":
-            # Transpose ← Reshape ← Cast to float32 ← MatMul in float16
-            above = makers[makers[makers[node.input[0]].input[0]].input[0]]
-            assert above.op_type == "Cast" and above.attribute[0].i == onnx.TensorProto.FLOAT
-            casts["Conv"] += 1
-    assert casts["Conv"] == 3
+    """Convolution, gates and delta rule read float32, the quantized or halved products float16."""
+    float32, float16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    for name, product in (("cuda-fp16", "MatMul"), ("cuda-int8", "MatMulNBits")):
+        build(checkpoint, name, tmp_path / name)
+        graph = onnx.load(tmp_path / name / MODEL_NAME, load_external_data=False).graph
+        makers = {output: node for node in graph.node for output in node.output}
+        stored = {i.name: i.data_type for i in graph.initializer}
+
+        def kind(value, makers=makers, stored=stored, product=product):
+            """The type of a value, found at the nearest Cast or product that made it."""
+            while value not in stored:
+                node = makers[value]
+                if node.op_type == "Cast":
+                    return node.attribute[0].i
+                if node.op_type == product and node.input[1] in stored:
+                    return float16 if product == "MatMulNBits" else stored[node.input[1]]
+                value = node.input[0]
+            return stored[value]
+
+        for node in graph.node:
+            if node.op_type in ("Conv", "LinearAttention", "LinearAttentionGate", "Pow"):
+                assert {kind(value) for value in node.input if value} == {float32}, node.name
+            if node.op_type == product and node.input[1].endswith("_proj.weight"):
+                assert kind(node.input[0]) == float16, node.name
+
+
+def test_norms_by_head_become_one_operator(checkpoint, tmp_path):
+    """Written with standard operators, which the checker knows; ONNX Runtime fuses them."""
+    import onnxruntime
+
+    build(checkpoint, "cpu-fp32", tmp_path / "model")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(tmp_path / "model" / MODEL_NAME, options, providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node]
+    # queries, keys and output of three linear layers, queries and keys of the full one, and the first norm of all
+    assert operators.count("SimplifiedLayerNormalization") == 3 * 3 + 2 + 1 and "Pow" not in operators
 
 
 @pytest.mark.parametrize(
