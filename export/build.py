@@ -41,12 +41,13 @@ class Architecture:
 def architectures() -> tuple[Architecture, ...]:
     """Every hand-built graph."""
     try:
-        from samescore.export.graphs import bert, llama
+        from samescore.export.graphs import bert, llama, qwen3_5
     except ImportError as error:
         raise MissingDependencyError(f"export needs {error.name}: pip install 'samescore[export]'") from error
     return (
         Architecture((bert.ARCHITECTURE,), (), bert.build, bert.VARIANTS),
         Architecture((llama.ARCHITECTURE,), ("LlamaForCausalLM",), llama.build, llama.VARIANTS, llama.stages),
+        Architecture((), qwen3_5.LANGUAGE_MODELS, qwen3_5.build, qwen3_5.VARIANTS, qwen3_5.stages),
     )
 
 

@@ -1,4 +1,4 @@
-"""int8 formats, as plain functions on arrays. All are symmetric; ranges are [-127, 127]."""
+"""int8 and int4 formats, as plain functions on arrays. All are symmetric; ranges are [-127, 127]."""
 
 from __future__ import annotations
 
@@ -76,6 +76,33 @@ def _scale_of(maximum: FloatArray) -> FloatArray:
 
 def _round(values: FloatArray) -> Int8Array:
     return np.clip(np.rint(values), -INT8_MAX, INT8_MAX).astype(np.int8)
+
+
+BLOCKS8 = (128, 64, 32, 16)
+
+
+def quantize_blocks8(weight: FloatArray) -> tuple[npt.NDArray[np.uint8], FloatArray]:
+    """int8 blocks for MatMulNBits: uint8 [N, blocks, size] and scales float32 [N, blocks] of weight [K, N].
+
+    Values are stored with zero point 128. A block holds the most inputs of BLOCKS8 that divide K; K is padded with zeros
+    where none does.
+    """
+    inputs, outputs = weight.shape
+    size = next((size for size in BLOCKS8 if inputs % size == 0), BLOCKS8[-1])
+    blocks = -(-inputs // size)
+    packed = np.empty((outputs, blocks, size), np.uint8)
+    scales = np.empty((outputs, blocks), np.float32)
+    step = max(1, (1 << 22) // max(1, inputs))
+    for start in range(0, outputs, step):
+        columns = weight[:, start : start + step].T
+        rows = np.zeros((len(columns), blocks * size), np.float32)
+        rows[:, :inputs] = columns
+        grouped = rows.reshape(len(columns), blocks, size)
+        scale = _scale_of(np.abs(grouped).max(axis=2))
+        values = _round(np.divide(grouped, scale[..., None], dtype=np.float32))
+        packed[start : start + step] = (values.astype(np.int16) + 128).astype(np.uint8)
+        scales[start : start + step] = scale
+    return packed, scales
 
 
 BLOCK4 = 32

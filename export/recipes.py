@@ -11,7 +11,7 @@ from samescore.runtime.manifest import Precision, Target
 # Statistics of a linear layer's input channels that a tapped graph also outputs, and the operators that make them.
 TAPS = {"low": "ReduceMin", "high": "ReduceMax", "mean": "ReduceMean"}
 
-NumberFormat = Literal["float32", "float16", "int8-row", "int8-weights", "int4-blocks"]
+NumberFormat = Literal["float32", "float16", "int8-row", "int8-weights", "int8-blocks", "int4-blocks"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Recipe:
 
     linear: format of the weight matrices. `int8-row` is int8 weights per output channel times uint8 activations with
       one dynamic scale per token; `int8-weights` is int8 weights per output channel, dequantized to float16;
-      `int4-blocks` has one scale per 32 weights of a column.
+      `int8-blocks` has one scale per 128 weights of a column (fewer where 128 does not divide it), `int4-blocks` one per
+      32; the operator multiplies them by float activations, which it may round to int8 blocks on a CPU.
     embedding: format of the word embedding table; `int8-row` has one scale per row.
     contrib: fused com.microsoft operators, or plain ONNX with an attention mask.
     half: linear layers compute in float16; norms, softmax and the residual stream stay float32.
@@ -79,6 +80,13 @@ VARIANTS: tuple[VariantSpec, ...] = (
         "fp16",
         Recipe("float16", "float16", contrib=True, opset=21, ir_version=10, half=True),
         "NVIDIA, float16 with float32 islands, fused operators",
+    ),
+    VariantSpec(
+        "cuda-int8",
+        "cuda",
+        "int8",
+        Recipe("int8-blocks", "int8-row", contrib=True, opset=21, ir_version=10, smoothing=True, half=True),
+        "NVIDIA, int8 weights in blocks times float16 activations, float32 islands, fused operators",
     ),
     VariantSpec(
         "migraphx-fp16",

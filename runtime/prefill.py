@@ -1,7 +1,7 @@
 """From token ids to logits: a graph's inputs, long texts in chunks, and prefixes that several texts share.
 
-A graph that keeps its KV cache reads a text in chunks, so that memory grows with the text's length and not with its
-square, and reads what texts have in common once:
+A graph that keeps state (KV cache, recurrent states) reads a text in chunks, so that memory grows with the length of the
+text and not with its square, and reads what texts have in common once:
 
     common tokens → chunks → state ─┬→ rest of text 1 → logits
                                     └→ rest of text 2 → logits
@@ -84,7 +84,7 @@ def logits_of(session: Session, ids: Ids, state: State | None = None) -> npt.NDA
 
 
 def state_after(session: Session, ids: Ids) -> State | None:
-    """The state that a graph with a KV cache is in after these ids [sequence]; None after none."""
+    """The state that a graph is in after these ids [sequence]; None after none."""
     state: State | None = None
     for part in chunks(ids) if len(ids) else []:
         state = session.advance(feeds_for(session.inputs, part[None, :]), state)

@@ -17,7 +17,8 @@ from samescore.runtime.manifest import Target
 from samescore.runtime.providers import EXECUTION_PROVIDERS, import_onnxruntime
 
 FORGET_SECONDS = 0.02
-# The KV cache of a decoder by input name, each float32 [batch, heads, tokens, head size].
+# What a decoder keeps of the tokens before, float32 by input name: KV caches [batch, heads, tokens, head size],
+# convolution states [batch, channels, kernel - 1], recurrent states [batch, heads, key size, value size].
 State = Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -49,13 +50,17 @@ class Session:
         self.inputs: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
         self.target = target
-        # [batch, heads, past tokens, head size]
-        self._caches = {v.name: (v.shape[1], v.shape[3]) for v in self._session.get_inputs() if v.name[:5] == "past_"}
+        # Before the first token the axes that grow with the text are empty, and the others hold zeros.
+        self._states = {
+            v.name: tuple(size if isinstance(size, int) else 0 for size in v.shape[1:])
+            for v in self._session.get_inputs()
+            if v.name.startswith("past_")
+        }
 
     @property
     def has_state(self) -> bool:
-        """Whether the graph takes and returns a KV cache."""
-        return bool(self._caches)
+        """Whether the graph takes and returns a state."""
+        return bool(self._states)
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], state: State | None = None) -> npt.NDArray[np.float32]:
         """The `logits` output, float32 [batch, labels]; `state`: of the tokens before these."""
@@ -64,16 +69,14 @@ class Session:
 
     def advance(self, feeds: Mapping[str, npt.NDArray[Any]], state: State | None = None) -> State:
         """The state after these tokens."""
-        names = [name.replace("past_", "present_", 1) for name in self._caches]
-        caches = self._session.run(names, self._with_state(feeds, state))
-        return dict(zip(self._caches, caches, strict=True))
+        names = [name.replace("past_", "present_", 1) for name in self._states]
+        states = self._session.run(names, self._with_state(feeds, state))
+        return dict(zip(self._states, states, strict=True))
 
     def _with_state(self, feeds: Mapping[str, npt.NDArray[Any]], state: State | None) -> dict[str, npt.NDArray[Any]]:
         if state is None:
             batch = len(next(iter(feeds.values())))
-            state = {
-                name: np.zeros((batch, heads, 0, size), np.float32) for name, (heads, size) in self._caches.items()
-            }
+            state = {name: np.zeros((batch, *shape), np.float32) for name, shape in self._states.items()}
         return {**feeds, **state}
 
     def run_outputs(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:

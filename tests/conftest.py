@@ -328,6 +328,80 @@ def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("llama") / "checkpoint")
 
 
+def tiny_qwen3_5(folder: Path, *, multimodal: bool = False, **overrides: object) -> Path:
+    """A random Qwen3.5 language model of 4 layers, three of them linear attention with two value heads per key head.
+
+    multimodal: `Qwen3_5ForConditionalGeneration` with a tiny tower for images, as the published checkpoints are.
+    """
+    torch = pytest.importorskip("torch")
+    from transformers import Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
+
+    settings: dict[str, object] = {
+        "vocab_size": train_tokenizer(folder, model_max_length=2048),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+        },
+        **overrides,
+    }
+    torch.manual_seed(7)
+    if multimodal:
+        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "num_position_embeddings": 16}
+        config = Qwen3_5Config(
+            text_config=settings,
+            vision_config={**vision, "out_hidden_size": settings["hidden_size"]},
+            tie_word_embeddings=settings["tie_word_embeddings"],
+        )
+        model = Qwen3_5ForConditionalGeneration(config).eval()
+    else:
+        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**settings)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.data.uniform_(0.5, 8).log_()
+        elif name.endswith("dt_bias"):
+            parameter.data.uniform_(-5, 0.5)
+        elif "norm" in name:
+            parameter.data.add_(torch.empty_like(parameter).normal_(0, 0.2))
+        elif name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+            # What a layer adds is smaller than the residual stream, else rounding errors grow from layer to layer.
+            parameter.data.normal_(0, 0.04)
+        else:
+            parameter.data.normal_(0, 0.4 if "conv1d" in name else 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen3_5_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3.5 language model, text only."""
+    return tiny_qwen3_5(tmp_path_factory.mktemp("qwen3_5") / "checkpoint")
+
+
+def label_tokens(folder: Path, count: int = 5) -> list[str]:
+    """Texts that a checkpoint's tokenizer encodes as one token each."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = sorted({token.removeprefix("▁") for token in tokenizer.get_vocab()} - {""})
+    alone = [text for text in texts if len(tokenizer.encode(text, add_special_tokens=False).ids) == 1]
+    return alone[:: len(alone) // count][:count]
+
+
 @pytest.fixture(scope="session")
 def pair_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Golden and calibration `{prompt, response}` texts (JSONL), disjoint."""

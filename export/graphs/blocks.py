@@ -37,9 +37,12 @@ class GraphBuilder:
 
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[str | int]) -> None:
         """Make a value a graph output under that name."""
-        result = self.op("Identity", value)
-        result.name, result.type, result.shape = name, ir.TensorType(dtype), ir.Shape(shape)
-        self.outputs.append(result)
+        self.result(self.op("Identity", value), name, dtype, shape)
+
+    def result(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[str | int]) -> None:
+        """Rename a value that is itself a graph output."""
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        self.outputs.append(value)
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """A node with one output."""
@@ -164,7 +167,9 @@ def layer_norm(g: GraphBuilder, x: ir.Value, name: str, weight: FloatArray, bias
 
 def rms_norm(g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis of float32 rows, from standard operators."""
-    mean = g.op("ReduceMean", g.op("Mul", x, x), g.ints(-1), keepdims=1)
+    # ONNX Runtime makes one SimplifiedLayerNormalization of it, which a file may not name; it looks for Pow.
+    squares = g.op("Pow", x, g.constant(2.0, np.float32)) if g.recipe.contrib else g.op("Mul", x, x)
+    mean = g.op("ReduceMean", squares, g.ints(-1), keepdims=1)
     root = g.op("Sqrt", g.op("Add", mean, g.constant(eps, np.float32)))
     return g.op("Mul", g.op("Div", x, root), weight)
 

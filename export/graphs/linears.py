@@ -11,10 +11,10 @@ import onnx_ir as ir
 
 from samescore.export.graphs.blocks import FloatArray, GraphBuilder
 from samescore.export.quantize import (
-    BLOCK4,
     ChannelStatistics,
     Rescaling,
     quantize_blocks4,
+    quantize_blocks8,
     quantize_columns,
     smoothing_scales,
 )
@@ -163,23 +163,42 @@ class WeightOnlyInt8Linears(WeightOnlyLinears):
         return g.op("MatMul", x, dequantized)
 
 
+class Blocks8Linears(WeightOnlyLinears):
+    """8-bit weights in blocks of inputs (MatMulNBits); on a CPU the operator also rounds activations to int8 blocks."""
+
+    def _multiply(self, x: ir.Value, name: str, weight: FloatArray) -> ir.Value:
+        return _matmul_nbits(self.g, x, name, weight, 8, *quantize_blocks8(weight))
+
+
 class Blocks4Linears(WeightOnlyLinears):
     """4-bit weights in blocks of 32 inputs (MatMulNBits); activations are rounded to int8 blocks inside the operator."""
 
     def _multiply(self, x: ir.Value, name: str, weight: FloatArray) -> ir.Value:
-        g = self.g
-        packed, scales = quantize_blocks4(weight)
-        return g.contrib(
-            "MatMulNBits",
-            x,
-            g.weight(f"{name}.weight", packed),
-            g.weight(f"{name}.weight.scale", scales),
-            K=weight.shape[0],
-            N=weight.shape[1],
-            bits=4,
-            block_size=BLOCK4,
-            accuracy_level=4,
-        )
+        return _matmul_nbits(self.g, x, name, weight, 4, *quantize_blocks4(weight))
+
+
+def _matmul_nbits(
+    g: GraphBuilder,
+    x: ir.Value,
+    name: str,
+    weight: FloatArray,
+    bits: int,
+    packed: npt.NDArray[np.uint8],
+    scales: FloatArray,
+) -> ir.Value:
+    """`x @ weight`, where packed [N, blocks, bytes] and scales [N, blocks] stand for the weight [K, N]."""
+    return g.contrib(
+        "MatMulNBits",
+        x,
+        g.weight(f"{name}.weight", packed),
+        g.float_weight(f"{name}.weight.scale", scales),
+        K=weight.shape[0],
+        N=weight.shape[1],
+        bits=bits,
+        block_size=packed.shape[2] * 8 // bits,
+        # Activations as int8: without it the CPU kernels unpack weights to float32, which is many times slower.
+        accuracy_level=4,
+    )
 
 
 class _QuantizedRows(NamedTuple):
@@ -349,6 +368,8 @@ def make_linears(
             return RowInt8Linears(g, statistics)
         case "int8-weights":
             return WeightOnlyInt8Linears(g, statistics)
+        case "int8-blocks":
+            return Blocks8Linears(g, statistics)
         case "int4-blocks":
             return Blocks4Linears(g, statistics)
         case _:

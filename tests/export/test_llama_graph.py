@@ -12,6 +12,7 @@ from samescore.calibrate.reference import load_reference, reference_logits
 from samescore.export.build import MODEL_NAME, build_graph
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.graphs import llama
+from samescore.export.graphs.rope import inverse_frequencies
 from samescore.export.recipes import variant_spec
 from samescore.runtime import prefill
 from samescore.runtime.errors import CheckpointError
@@ -164,8 +165,8 @@ def test_rope_written_by_older_transformers(checkpoint, llama_checkpoint, tmp_pa
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = rope
     (old / "config.json").write_text(json.dumps(config))
-    ours = llama.inverse_frequencies(Checkpoint(old), 16)
-    np.testing.assert_array_equal(ours, llama.inverse_frequencies(checkpoint, 16))
+    ours = inverse_frequencies(Checkpoint(old), "llama", 16)
+    np.testing.assert_array_equal(ours, inverse_frequencies(checkpoint, "llama", 16))
     theirs = load_reference(checkpoint).model.rotary_emb.inv_freq.numpy()
     np.testing.assert_allclose(ours, theirs, rtol=2e-7)
 

@@ -1,9 +1,16 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from samescore.export.quantize import ChannelStatistics, quantize_columns, quantize_rows, smoothing_scales
+from samescore.export.quantize import (
+    ChannelStatistics,
+    quantize_blocks8,
+    quantize_columns,
+    quantize_rows,
+    smoothing_scales,
+)
 
 matrices = hnp.arrays(np.float32, (5, 3), elements=st.floats(-1e4, 1e4, width=32))
 
@@ -44,3 +51,16 @@ def test_spread_is_the_distance_from_the_mean():
         mean=np.array([0.0, 5.5], np.float32),
     )
     assert statistics.spread.tolist() == [3.0, 1.5]
+
+
+@pytest.mark.parametrize(("inputs", "size"), [(384, 128), (192, 64), (96, 32), (48, 16), (40, 16)])
+def test_int8_blocks_keep_every_weight_within_half_a_step(inputs, size):
+    weight = np.random.default_rng(0).normal(size=(inputs, 9)).astype(np.float32)
+    weight[:size, 4] = 0
+    packed, scales = quantize_blocks8(weight)
+    assert packed.shape == (9, -(-inputs // size), size) and scales.shape == packed.shape[:2]
+    restored = ((packed.astype(np.float32) - 128) * scales[..., None]).reshape(9, -1).T
+    step = np.repeat(scales, size, axis=1).T
+    assert np.all(np.abs(restored[:inputs] - weight) <= step[:inputs] / 2 + 1e-6)
+    assert not restored[inputs:].any() and not restored[:size, 4].any()
+    assert packed.min() >= 1

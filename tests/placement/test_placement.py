@@ -10,8 +10,9 @@ from samescore.export.build import MODEL_NAME, build_graph
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.graphs import bert, delta_rule, llama
 from samescore.export.recipes import variant_spec
+from samescore.export.scorer import TokenScorer
 
-from ..conftest import plain_graph
+from ..conftest import label_tokens, plain_graph
 from .providers import Provider
 
 ASSETS = Path(__file__).parents[2] / ".cache" / "assets"
@@ -42,7 +43,10 @@ def cuda():
 
 def built(checkpoint: Path, variant: str, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    build_graph(Checkpoint(checkpoint), variant_spec(variant).recipe, folder)
+    opened = Checkpoint(checkpoint)
+    if opened.architecture.endswith("ForCausalLM"):
+        opened = TokenScorer(opened, label_tokens(checkpoint))
+    build_graph(opened, variant_spec(variant).recipe, folder)
     return folder / MODEL_NAME
 
 
@@ -95,3 +99,13 @@ def test_cuda_computes_everything_on_the_gpu(llama_checkpoint, cuda, tmp_path):
         and on_gpu["MatMul"] >= 19
         and on_gpu["SkipSimplifiedLayerNormalization"] == 6
     )
+
+
+@pytest.mark.parametrize(("variant", "product"), [("cuda-fp16", "MatMul"), ("cuda-int8", "MatMulNBits")])
+def test_cuda_computes_the_delta_rule_on_the_gpu(qwen3_5_checkpoint, cuda, tmp_path, variant, product):
+    placed = cuda.assign(built(qwen3_5_checkpoint, variant, tmp_path), "CUDAExecutionProvider", plain=False)
+    assert set(placed["nodes"].get("CPUExecutionProvider", {})) <= SHAPE_OPERATORS
+    on_gpu = placed["nodes"]["CUDAExecutionProvider"]
+    assert on_gpu["LinearAttention"] == on_gpu["LinearAttentionGate"] == on_gpu["Conv"] == 3
+    # q, k, v, gate, o once; qkv, z, out three times; the feed-forward's three four times
+    assert on_gpu[product] >= 5 + 3 * 3 + 3 * 4

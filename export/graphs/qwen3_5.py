@@ -1,0 +1,366 @@
+"""Qwen3.5's text model as a classifier (label tokens), from the config and the tensors alone.
+
+    ids → embedding → layers × (RMS norm → Gated DeltaNet | gated attention → add → RMS norm → SwiGLU → add)
+        → last real token → RMS norm → score → logits
+
+    Gated DeltaNet   q, k, v = silu(causal convolution(x W));  q, k of unit length by head;  gated delta rule
+                     (Yang, Kautz, Hatamizadeh: Gated Delta Networks, 2025);  RMS norm by head, times silu(z)
+    gated attention  grouped queries, RMS norm of q and k by head, RoPE over a head's first channels, times sigmoid(gate)
+
+Everything is causal, so that what lies in right padding cannot reach the last real token: no layer needs a mask. In the
+last layer everything after attention's keys and values, or after the delta rule, is computed for that token alone.
+
+The delta rule, its convolution and its gates are float32 in every recipe, and so are the two small projections that drive
+the gates: what they decide is carried through the whole text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from samescore.export.checkpoint import Checkpoint, FloatArray
+from samescore.export.graphs.attention import FusedAttention, PlainAttention, value_scale
+from samescore.export.graphs.blocks import CONTRIB, GraphBuilder, rms_norm
+from samescore.export.graphs.decoder import (
+    Decoder,
+    DecoderConfig,
+    TokenRows,
+    check_known,
+    decoder_facts,
+    layer_stages,
+)
+from samescore.export.graphs.linears import make_linears, silu
+from samescore.export.graphs.rope import rope_parameters
+from samescore.export.quantize import ChannelStatistics, Rescaling
+from samescore.export.recipes import Recipe
+from samescore.export.weights import WeightFile
+from samescore.runtime.errors import CheckpointError, UsageError
+
+LANGUAGE_MODELS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM")
+VARIANTS = ("cpu-int8", "cpu-fp32", "cpu-int4", "cuda-fp16", "cuda-int8")
+LINEAR, FULL = "linear_attention", "full_attention"
+# transformers' defaults, for what a config leaves out.
+FULL_ATTENTION_INTERVAL = 4
+ROTARY_FACTOR = 0.25
+# Inside the root, as transformers and flash-linear-attention have it: a head of zeros stays zero.
+L2_EPS = 1e-6
+stages = layer_stages
+
+
+@dataclass(frozen=True)
+class Qwen35Config(DecoderConfig):
+    """The facts of the text model's config that the graph needs.
+
+    layer_types: `linear_attention` or `full_attention`, of each layer. key_heads, value_heads, key_size, value_size: of
+    the delta rule; value heads are a multiple of the key heads, which serve neighbours. kernel: the convolution's tokens.
+    """
+
+    layer_types: tuple[str, ...]
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
+    kernel: int
+
+    @property
+    def key_width(self) -> int:
+        """Channels of all the delta rule's queries, and of its keys."""
+        return self.key_heads * self.key_size
+
+    @property
+    def value_width(self) -> int:
+        """Channels of all the delta rule's values."""
+        return self.value_heads * self.value_size
+
+    @property
+    def channels(self) -> int:
+        """What the convolution sees: queries, keys and values side by side."""
+        return 2 * self.key_width + self.value_width
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint) -> Qwen35Config:
+        """From a checkpoint's text config; CheckpointError for a model that this graph does not describe."""
+        check_known(checkpoint, "qwen3_5", hidden_act="silu", attention_bias=False)
+        config = checkpoint.config
+        factor = rope_parameters(checkpoint).get(
+            "partial_rotary_factor", config.get("partial_rotary_factor", ROTARY_FACTOR)
+        )
+        key_heads, value_heads = (int(config[f"linear_num_{part}_heads"]) for part in ("key", "value"))
+        if value_heads % key_heads:
+            raise CheckpointError(
+                f"{checkpoint.folder}: config.json has {value_heads} value heads for {key_heads} key heads in its linear "
+                "attention; the qwen3_5 graph knows multiples"
+            )
+        return cls(
+            **decoder_facts(checkpoint, "qwen3_5", rotary_factor=float(factor)),
+            layer_types=layer_types(checkpoint),
+            key_heads=key_heads,
+            value_heads=value_heads,
+            key_size=int(config["linear_key_head_dim"]),
+            value_size=int(config["linear_value_head_dim"]),
+            kernel=int(config["linear_conv_kernel_dim"]),
+        )
+
+
+def layer_types(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The kind of each layer; CheckpointError for kinds other than the two, or too few of them."""
+    config = checkpoint.config
+    layers = int(config["num_hidden_layers"])
+    interval = int(config.get("full_attention_interval") or FULL_ATTENTION_INTERVAL)
+    types = config.get("layer_types") or [LINEAR if (i + 1) % interval else FULL for i in range(layers)]
+    if unknown := sorted(set(types) - {LINEAR, FULL}):
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json has layer_types {', '.join(map(repr, unknown))}; the qwen3_5 graph knows "
+            f"{LINEAR!r} and {FULL!r}"
+        )
+    if len(types) != layers:
+        raise CheckpointError(f"{checkpoint.folder}: config.json has {len(types)} layer_types for {layers} layers")
+    return tuple(types)
+
+
+def build(
+    checkpoint: Checkpoint,
+    weights: WeightFile,
+    recipe: Recipe,
+    *,
+    statistics: Mapping[str, ChannelStatistics] | None = None,
+    taps: bool = False,
+    stage: range | None = None,
+) -> ir.Model:
+    """The classifier's graph in one recipe.
+
+    Inputs: `input_ids` int64 [batch, sequence], `lengths` int32 [batch] (real tokens of each row; the rest is right
+    padding) and, with `recipe.state`, float32 of each layer i, which come back as `present_…` of the same name:
+    `past_key.<i>` and `past_value.<i>` [batch, kv heads, past, head size] of full attention (longer when they come back;
+    batch 1 where `past` is not 0); `past_conv.<i>` [batch, channels, kernel - 1] and `past_recurrent.<i>` [batch, value
+    heads, key size, value size] of linear attention (zeros before the first token). Padding enters what comes back: states
+    are for texts without it.
+    Output: `logits` float32 [batch, labels].
+
+    statistics: by linear layer, of its input channels on calibration texts (recipes that smooth). taps: also output these
+    statistics, under `tap_name`. stage: only these layers; a stage that is not the first takes `hidden` float32 [batch,
+    sequence, hidden] in place of the ids, one that is not the last returns `hidden_after`.
+
+    CheckpointError for a config that the graph does not describe.
+    """
+    g = GraphBuilder(weights, recipe)
+    config = Qwen35Config.read(checkpoint)
+    linears = make_linears(g, statistics=statistics, taps=taps)
+    _Qwen35(g, checkpoint, config, linears, stage or range(config.layers)).build()
+    return g.model(checkpoint.architecture)
+
+
+class _Qwen35(Decoder[Qwen35Config]):
+    """The graph under construction."""
+
+    norm_offset = 1.0
+    attention: FusedAttention | PlainAttention
+    delta_net: _FusedDeltaNet
+
+    def prepare(self) -> None:
+        """See Decoder."""
+        g, config, rows = self.g, self.config, self.rows
+        linear, full = ([i for i in self.stage if config.layer_types[i] == kind] for kind in (LINEAR, FULL))
+        if g.recipe.contrib:
+            self.attention = FusedAttention(g, config, rows, full)
+            self.delta_net = _FusedDeltaNet(g, config, rows, linear)
+            return
+        self.attention = PlainAttention(g, config, rows)
+        if linear:
+            raise UsageError("the qwen3_5 graph has linear attention in com.microsoft operators only")
+
+    def mix(self, x: ir.Value, pending: ir.Value | None, index: int) -> tuple[ir.Value, ir.Value]:
+        """See Decoder: Gated DeltaNet or gated attention."""
+        linear = self.config.layer_types[index] == LINEAR
+        site = f"model.layers.{index}." + ("linear_attn.out_proj" if linear else "self_attn.o_proj")
+        out = self.matrix(f"{site}.weight")
+        config = self.config
+        # The norm's weight, or a KV head's values, serve several heads.
+        repeats = config.value_heads if linear else config.heads // config.kv_heads
+        tied = (repeats, config.value_size if linear else config.head_size)
+        after = self.linears.rescaling(site, out, centred=False, tied=tied)
+        context, x = (self._delta_net if linear else self._attend)(x, pending, index, after)
+        return self.g.cast(self.linears(context, site, out, rescaled=after), np.float32), x
+
+    def _attend(
+        self, x: ir.Value, pending: ir.Value | None, index: int, after: Rescaling | None
+    ) -> tuple[ir.Value, ir.Value]:
+        """Gated context rows of attention, scaled as `after` says, and the residual rows that they belong to."""
+        g, config, prefix = self.g, self.config, f"model.layers.{index}.self_attn"
+        site = f"{prefix}.qkv"
+        query, gate = self._query_and_gate(f"{prefix}.q_proj.weight")
+        key, value = (self.matrix(f"{prefix}.{part}_proj.weight") for part in "kv")
+        rescaled = self.linears.rescaling(site, np.concatenate([query, gate, key, value], axis=1), centred=False)
+        if after is not None:
+            value = value / value_scale(config, after)
+        normed, x = self.norm(x, pending, f"model.layers.{index}.input_layernorm", rescaled)
+        normed = g.cast(normed, np.float16)
+
+        def project(rows: ir.Value, part: str, weight: FloatArray) -> ir.Value:
+            return self.linears(rows, site, weight, name=f"{prefix}.{part}_proj", rescaled=rescaled)
+
+        keys = self._head_norm(project(normed, "k", key), f"{prefix}.k_norm.weight", config.kv_heads)
+        values = project(normed, "v", value)
+        last = self.is_last(index)
+        if last:
+            normed, x = (self.rows.last_of(rows, config.hidden) for rows in (normed, x))
+        queries = self._head_norm(project(normed, "q", query), f"{prefix}.q_norm.weight", config.heads)
+        attend = self.attention.last_token if last else self.attention.all_tokens
+        context = attend(queries, keys, values, index)
+        return g.op("Mul", context, g.op("Sigmoid", project(normed, "gate", gate))), x
+
+    def _query_and_gate(self, name: str) -> tuple[FloatArray, FloatArray]:
+        """Both [hidden, heads * head_size]; in the checkpoint they alternate by head."""
+        config = self.config
+        both = self.tensor(name).reshape(config.heads, 2, config.head_size, config.hidden)
+        query, gate = (both[:, part].reshape(-1, config.hidden) for part in (0, 1))
+        return np.ascontiguousarray(query.T), np.ascontiguousarray(gate.T)
+
+    def _head_norm(self, x: ir.Value, name: str, heads: int) -> ir.Value:
+        """RMS norm of each head of rows [rows, heads * head_size], computed in float32."""
+        g = self.g
+        weight = g.weight(name, self.tensor(name) + np.float32(self.norm_offset))
+        return g.cast(
+            _norm_heads(g, g.cast(x, np.float32), heads, self.config.head_size, weight, self.config.eps), np.float16
+        )
+
+    def _delta_net(
+        self, x: ir.Value, pending: ir.Value | None, index: int, after: Rescaling | None
+    ) -> tuple[ir.Value, ir.Value]:
+        """Gated output rows of the delta rule, scaled as `after` says, and the residual rows that they belong to."""
+        g, config, prefix = self.g, self.config, f"model.layers.{index}.linear_attn"
+        site = f"{prefix}.in_proj"
+        qkv, z = (self.matrix(f"{site}_{part}.weight") for part in ("qkv", "z"))
+        rescaled = self.linears.rescaling(site, np.concatenate([qkv, z], axis=1), centred=False)
+        normed, x = self.norm(x, pending, f"model.layers.{index}.input_layernorm", rescaled)
+        decay, beta = self._gates(normed, prefix, rescaled)
+        normed = g.cast(normed, np.float16)
+        mixed = g.cast(self.linears(normed, site, qkv, name=f"{site}_qkv", rescaled=rescaled), np.float32)
+        context = self._recall(mixed, decay, beta, prefix, index)
+        if self.is_last(index):
+            normed, x = (self.rows.last_of(rows, config.hidden) for rows in (normed, x))
+            context = self.rows.last_of(context, config.value_width)
+        weight = self.tensor(f"{prefix}.norm.weight")
+        if after is not None:
+            weight = weight / after.scale[: config.value_size]
+        stored = g.weight(f"{prefix}.norm.weight", weight)
+        context = _norm_heads(g, context, config.value_heads, config.value_size, stored, config.eps)
+        z_rows = self.linears(normed, site, z, name=f"{site}_z", rescaled=rescaled)
+        gated = g.op("Mul", context, silu(g, g.cast(z_rows, np.float32)))
+        return g.cast(gated, np.float16), x
+
+    def _gates(self, normed: ir.Value, prefix: str, rescaled: Rescaling | None) -> tuple[ir.Value, ir.Value]:
+        """The delta rule's decay (logarithm) and beta, float32 [batch, sequence, value heads]."""
+        g, config = self.g, self.config
+        both = np.concatenate([self.matrix(f"{prefix}.in_proj_{part}.weight") for part in "ab"], axis=1)
+        weight = g.weight(f"{prefix}.in_proj_ab.weight", both if rescaled is None else both * rescaled.scale[:, None])
+        rows = self.rows.unflatten(g.op("MatMul", normed, weight), 2 * config.value_heads)
+        a, b = g.op_many("Split", rows, outputs=2, axis=-1, num_outputs=2)
+        bias = g.weight(f"{prefix}.dt_bias", self.tensor(f"{prefix}.dt_bias"))
+        rate = g.weight(f"{prefix}.A", -np.exp(self.tensor(f"{prefix}.A_log")))
+        return self.delta_net.gates(a, bias, rate, b)
+
+    def _recall(self, mixed: ir.Value, decay: ir.Value, beta: ir.Value, prefix: str, index: int) -> ir.Value:
+        """What the delta rule reads for each token, float32 rows [batch * sequence, value heads * value size].
+
+        mixed: float32 rows [batch * sequence, channels].
+        """
+        g, config, rows = self.g, self.config, self.rows
+        kernel = g.weight(f"{prefix}.conv1d.weight", self.tensor(f"{prefix}.conv1d.weight"))
+        convolved = silu(g, self.delta_net.convolve(rows.unflatten(mixed, config.channels), kernel, index))
+        widths = [config.key_width, config.key_width, config.value_width]
+        query, key, value = g.op_many("Split", convolved, g.ints(*widths), outputs=3, axis=-1)
+        # x / sqrt(sum(x²) + eps) is an RMS norm with eps / size and the weight 1 / sqrt(size); queries are scaled by
+        # another 1 / sqrt(size), as attention's are.
+        unit = 1 / math.sqrt(config.key_size)
+        query, key = (
+            rows.unflatten(self._unit_heads(x, scale), config.key_width) for x, scale in ((query, unit), (key, 1.0))
+        )
+        context = self.delta_net.rule(query, key, value, decay, beta, index)
+        return g.op("Reshape", context, g.ints(-1, config.value_width))
+
+    def _unit_heads(self, x: ir.Value, length: float) -> ir.Value:
+        """Each head of the delta rule's queries or keys with this length; rows [batch * sequence, key width]."""
+        size = self.config.key_size
+        weight = self.g.constant(np.full(size, length / math.sqrt(size)), np.float32)
+        return _norm_heads(self.g, x, self.config.key_heads, size, weight, L2_EPS / size)
+
+
+class _FusedDeltaNet:
+    """Convolution, gates and delta rule in com.microsoft operators; float32, which is all that their CPU kernels take.
+
+    layers: those of the graph with linear attention. With `recipe.state` each of them takes and returns two states.
+    """
+
+    def __init__(self, g: GraphBuilder, config: Qwen35Config, rows: TokenRows, layers: Sequence[int]):
+        self.g = g
+        self.config = config
+        self.conv_shape: list[str | int] = ["batch", config.channels, config.kernel - 1]
+        self.recurrent_shape: list[str | int] = ["batch", config.value_heads, config.key_size, config.value_size]
+        self.pasts: dict[int, tuple[ir.Value, ir.Value]] = {}
+        for index in layers if g.recipe.state else ():
+            conv = g.input(f"past_conv.{index}", ir.DataType.FLOAT, self.conv_shape)
+            recurrent = g.input(f"past_recurrent.{index}", ir.DataType.FLOAT, self.recurrent_shape)
+            self.pasts[index] = (conv, recurrent)
+
+    def convolve(self, x: ir.Value, kernel: ir.Value, index: int) -> ir.Value:
+        """Each channel over its last tokens; x and the result [batch, sequence, channels], kernel [channels, 1, tokens]."""
+        g = self.g
+        # Channels last, and the activation fused, are both slower on the CPU.
+        x = g.op("Transpose", x, perm=[0, 2, 1])
+        past, _ = self.pasts.get(index, (None, None))
+        if past is None:
+            y = g.op("Conv", x, kernel, group=self.config.channels, pads=[self.config.kernel - 1, 0])
+        else:
+            y, present = g.op_many(
+                "CausalConvWithState", x, kernel, None, past, outputs=2, domain=CONTRIB, activation="none", ndim=1
+            )
+            g.result(present, f"present_conv.{index}", ir.DataType.FLOAT, self.conv_shape)
+        return g.op("Transpose", y, perm=[0, 2, 1])
+
+    def gates(self, a: ir.Value, bias: ir.Value, rate: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """`rate * softplus(a + bias)`, the logarithm of the decay, and `sigmoid(b)`; a and b [batch, sequence, heads]."""
+        decay, beta = self.g.op_many("LinearAttentionGate", a, bias, rate, b, outputs=2, domain=CONTRIB)
+        return decay, beta
+
+    def rule(
+        self, query: ir.Value, key: ir.Value, value: ir.Value, decay: ir.Value, beta: ir.Value, index: int
+    ) -> ir.Value:
+        """The gated delta rule, [batch, sequence, value heads * value size].
+
+        S ← exp(decay_t) S;  S ← S + beta_t k_t (v_t - Sᵀ k_t)ᵀ;  o_t = Sᵀ q_t        S: [key size, value size] by head
+
+        query, key: [batch, sequence, key heads * key size], by head of unit length, the query also scaled. value: [batch,
+        sequence, value heads * value size]. decay, beta: [batch, sequence, value heads].
+        """
+        g, config = self.g, self.config
+        _, past = self.pasts.get(index, (None, None))
+        context, present = g.op_many(
+            "LinearAttention",
+            query,
+            key,
+            value,
+            past,
+            decay,
+            beta,
+            outputs=2,
+            domain=CONTRIB,
+            q_num_heads=config.key_heads,
+            kv_num_heads=config.value_heads,
+            scale=1.0,
+            update_rule="gated_delta",
+        )
+        if past is not None:
+            g.result(present, f"present_recurrent.{index}", ir.DataType.FLOAT, self.recurrent_shape)
+        return context
+
+
+def _norm_heads(g: GraphBuilder, x: ir.Value, heads: int, size: int, weight: ir.Value, eps: float) -> ir.Value:
+    """RMS norm of each head of float32 [..., heads * size] with the weight [size]; rows [rows, heads * size]."""
+    normed = rms_norm(g, g.op("Reshape", x, g.ints(-1, size)), weight, eps)
+    return g.op("Reshape", normed, g.ints(-1, heads * size))
