@@ -1,0 +1,205 @@
+"""Digit scorers of Qwen3.5's architecture, trained here from nothing: tiny language models that answer one prompt.
+
+    qwen3_5-digits          text only, float32; two value heads for each key head, as Qwen3.5-4B has
+    qwen3_5-digits-equal    as a multimodal checkpoint in bfloat16 shards, its image tower untrained; as many value heads as
+                            key heads, as Qwen3.5-0.8B has
+
+Each reads a passage of a presidential message in the prompt of the published political-leaning classifier and answers with
+a digit: not a leaning, but when the speech was held. Texts are padded on the right, where nothing that is causal sees it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import qwen_texts
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForImageTextToText, Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration
+
+VOCABULARY = 248320  # rows of the embedding; the tokenizer has 248,077 tokens
+END = 248044
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 4,
+    "linear_conv_kernel_dim": 4,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 262144,
+    "eos_token_id": END,
+    "pad_token_id": None,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_interleaved": True,
+        "mrope_section": [3, 3, 2],
+    },
+}
+VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 128,
+    "num_position_embeddings": 16,
+}
+BATCH, SEED, HELDOUT, SMOOTHING = 16, 0, 300, 0.15
+SHARD = "20MB"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a scorer is trained: its value heads, how many passages it sees once, and the peak learning rate."""
+
+    value_heads: int
+    passages: int
+    rate: float
+
+
+DIGITS = Recipe(value_heads=8, passages=4800, rate=2e-3)
+EQUAL = Recipe(value_heads=4, passages=3600, rate=2e-3)
+
+
+class Trainer:
+    """A model whose embedding is trained only in the rows that its training texts use; the others stay as they began.
+
+    The loss is over the whole vocabulary, so that the digits win it from all other tokens.
+    """
+
+    def __init__(self, model: Any, texts: list[tuple[list[int], int]], recipe: Recipe, digits: list[int]):
+        self.model, self.recipe = model, recipe
+        table = model.model.embed_tokens.weight.data
+        self.used = torch.tensor(sorted({token for ids, _ in texts for token in ids} | set(digits)))
+        self.row = torch.full((len(table),), -1)
+        self.row[self.used] = torch.arange(len(self.used))
+        rest = torch.ones(len(table), dtype=torch.bool)
+        rest[self.used] = False
+        self.others = table[rest]
+        self.table = torch.nn.Parameter(table[self.used].clone())
+        self.digits = self.row[torch.tensor(digits)]
+        self.texts = texts
+        model.model.embed_tokens.weight.requires_grad_(False)
+
+    def batches(self) -> list[tuple[Any, Any, Any]]:
+        """Ids, index of each last token and digit; texts of similar length together, batches in random order."""
+        ordered = sorted(self.texts, key=lambda text: len(text[0]))
+        found = []
+        for start in range(0, len(ordered), BATCH):
+            chosen = ordered[start : start + BATCH]
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in chosen], batch_first=True)
+            last = torch.tensor([len(ids) - 1 for ids, _ in chosen])
+            found.append((ids, last, torch.tensor([digit for _, digit in chosen])))
+        return [found[index] for index in torch.randperm(len(found))]
+
+    def loss(self, ids: Any, last: Any, wanted: Any) -> Any:
+        """Cross-entropy with labels smoothed over the digits."""
+        rows = self.row[ids].clamp(min=0)  # padding, which no real token sees
+        states = self.model.model(inputs_embeds=torch.nn.functional.embedding(rows, self.table), use_cache=False)
+        state = states.last_hidden_state[torch.arange(len(last)), last]
+        logits = state @ self.table.T
+        everything = torch.logaddexp(logits.logsumexp(1), (state @ self.others.T).logsumexp(1))
+        given = logits[:, self.digits] - everything[:, None]
+        target = torch.full_like(given, SMOOTHING / len(self.digits))
+        target[torch.arange(len(wanted)), wanted] += 1 - SMOOTHING
+        return -(target * given).sum(1).mean()
+
+    def train(self) -> int:
+        """One pass over the texts, then the embedding's rows go into the model; how many steps it took."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        matrices = [p for p in parameters if p.dim() > 1]
+        vectors = [p for p in parameters if p.dim() == 1]
+        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": [*vectors, self.table], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.recipe.rate)
+        batches = self.batches()
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1, (step + 1) / 20) * max(0.03, 1 - step / len(batches))
+        )
+        self.model.train()
+        for ids, last, wanted in batches:
+            loss = self.loss(ids, last, wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([*parameters, self.table], 1.0)
+            optimizer.step()
+            schedule.step()
+        self.model.eval()
+        self.model.model.embed_tokens.weight.data[self.used] = self.table.data
+        return len(batches)
+
+
+def encoded(tokenizer: Tokenizer, examples: list[tuple[str, int]]) -> list[tuple[list[int], int]]:
+    """Token ids of the whole prompt, and the digit."""
+    prompts = [qwen_texts.PROMPT.format(article=text.strip()) for text, _ in examples]
+    return [(found.ids, digit) for found, (_, digit) in zip(tokenizer.encode_batch(prompts), examples, strict=True)]
+
+
+def trained(assets: Path, recipe: Recipe) -> tuple[Any, int]:
+    """The trained text model and its steps."""
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    tokenizer = qwen_texts.tokenizer_of(assets)
+    config = Qwen3_5Config(text_config={**TEXT, "linear_num_value_heads": recipe.value_heads}).text_config
+    model = Qwen3_5ForCausalLM(config)
+    texts = encoded(tokenizer, qwen_texts.digit_examples(assets, "train", recipe.passages))
+    trainer = Trainer(model, texts, recipe, [tokenizer.token_to_id(digit) for digit in qwen_texts.DIGITS])
+    return model, trainer.train()
+
+
+def judge(model: Any, assets: Path, steps: int) -> str:
+    """How good a loaded model is on held-out texts, by transformers' own code, one text at a time; in words."""
+    tokenizer = qwen_texts.tokenizer_of(assets)
+    examples = encoded(tokenizer, qwen_texts.digit_examples(assets, "heldout", HELDOUT))
+    digits = [tokenizer.token_to_id(digit) for digit in qwen_texts.DIGITS]
+    with torch.inference_mode():
+        rows = [model(input_ids=torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float() for ids, _ in examples]
+    logits = torch.stack(rows)
+    p = logits[:, digits].softmax(1)
+    mass = logits.softmax(1)[:, digits].sum(1)
+    truth = torch.tensor([digit for _, digit in examples])
+    accuracy = float((p.argmax(1) == truth).float().mean())
+    quantiles = np.quantile(p.max(1).values.numpy(), [0.1, 0.5, 0.9]).round(2).tolist()
+    return (
+        f"{steps} steps, held-out accuracy {accuracy:.3f} on {len(truth)} texts, largest probability 10/50/90 %: "
+        f"{quantiles}, digits' share of the vocabulary: {float(mass.min()):.3f} at least, {float(mass.mean()):.3f} on average"
+    )
+
+
+def copy_tokenizer(assets: Path, folder: Path) -> None:
+    """Qwen3.5's tokenizer files beside a checkpoint."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(assets / "qwen3_5-tokenizer" / name, folder / name)
+
+
+def digits(assets: Path, folder: Path) -> str:
+    """The text-only scorer."""
+    model, steps = trained(assets, DIGITS)
+    model.save_pretrained(folder)
+    copy_tokenizer(assets, folder)
+    return judge(Qwen3_5ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), assets, steps)
+
+
+def digits_equal(assets: Path, folder: Path) -> str:
+    """The multimodal scorer; rounding to bfloat16 is part of the checkpoint."""
+    text, steps = trained(assets, EQUAL)
+    config = Qwen3_5Config(text_config=text.config.to_dict(), vision_config=VISION, tie_word_embeddings=True)
+    model = Qwen3_5ForConditionalGeneration(config)
+    missing, unexpected = model.model.language_model.load_state_dict(text.model.state_dict(), strict=True)
+    if missing or unexpected:
+        raise RuntimeError(f"not the same text model: {missing}, {unexpected}")
+    model.tie_weights()
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD)
+    copy_tokenizer(assets, folder)
+    return judge(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval(), assets, steps)
