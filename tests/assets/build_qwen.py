@@ -1,8 +1,8 @@
-"""Digit scorers of Qwen3.5's architecture, trained here from nothing: tiny language models that answer one prompt.
+"""Digit scorers of Qwen3.5's architecture, trained here: tiny language models that answer one prompt.
 
     qwen3_5-digits          text only, float32; two value heads for each key head, as Qwen3.5-4B has
     qwen3_5-digits-equal    as a multimodal checkpoint in bfloat16 shards, its image tower untrained; as many value heads as
-                            key heads, as Qwen3.5-0.8B has
+                            key heads, as Qwen3.5-0.8B has; begins as the first with every second value head left out
 
 Each reads a passage of a presidential message in the prompt of the published political-leaning classifier and answers with
 a digit: not a leaning, but when the speech was held. Texts are padded on the right, where nothing that is causal sees it.
@@ -19,7 +19,13 @@ import numpy as np
 import qwen_texts
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForImageTextToText, Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5TextConfig,
+)
 
 VOCABULARY = 248320  # rows of the embedding; the tokenizer has 248,077 tokens
 END = 248044
@@ -62,17 +68,17 @@ SHARD = "20MB"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a scorer is trained: its value heads, how many passages the whole model sees once, and the peak learning rate."""
+    """How a scorer is trained: how many passages the whole model sees once, steps of the embedding alone before, peak rate."""
 
-    value_heads: int
     passages: int
+    word_steps: int
     rate: float
 
 
-DIGITS = Recipe(value_heads=8, passages=2400, rate=2e-3)
-EQUAL = Recipe(value_heads=4, passages=1600, rate=2e-3)
+DIGITS = Recipe(passages=2400, word_steps=800, rate=2e-3)
+EQUAL = Recipe(passages=480, word_steps=0, rate=1e-3)
 # Of the embedding alone, before.
-WORD_STEPS, WORD_BATCH, WORD_RATE, WORD_GAIN = 800, 64, 5e-3, 8.0
+WORD_BATCH, WORD_RATE, WORD_GAIN = 64, 5e-3, 8.0
 # How many other positions of each text are asked for the digit too, and what they weigh beside the last one.
 ASIDES, ASIDE_WEIGHT = 8, 0.5
 
@@ -102,7 +108,7 @@ class Trainer:
     def learn_words(self) -> None:
         """Train the embedding so that the mean of a text's normed rows is nearest to its digit's row."""
         optimizer = torch.optim.Adam([self.table], lr=WORD_RATE)
-        for _ in range(WORD_STEPS):
+        for _ in range(self.recipe.word_steps):
             chosen = [self.texts[index] for index in torch.randint(len(self.texts), (WORD_BATCH,))]
             rows = [self.row[torch.tensor(ids)] for ids, _ in chosen]
             normed = torch.nn.functional.normalize(self.table[torch.cat(rows)], dim=1)
@@ -145,7 +151,8 @@ class Trainer:
 
     def train(self) -> int:
         """The words, one pass over the texts, then the embedding's rows go into the model; how many steps the pass took."""
-        self.learn_words()
+        if self.recipe.word_steps:
+            self.learn_words()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         matrices = [p for p in parameters if p.dim() > 1]
         vectors = [p for p in parameters if p.dim() == 1]
@@ -174,16 +181,46 @@ def encoded(tokenizer: Tokenizer, examples: list[tuple[str, int]]) -> list[tuple
     return [(found.ids, digit) for found, (_, digit) in zip(tokenizer.encode_batch(prompts), examples, strict=True)]
 
 
-def trained(assets: Path, recipe: Recipe) -> tuple[Any, int]:
-    """The trained text model and its steps."""
+def untrained(value_heads: int) -> Any:
+    """A text model of random weights."""
     torch.manual_seed(SEED)
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**TEXT, linear_num_value_heads=value_heads))
+
+
+def with_half_the_value_heads(model: Any) -> Any:
+    """The model with every second value head left out: each key head keeps one."""
+    fewer = untrained(model.config.linear_num_value_heads // 2)
+    width, keys = TEXT["linear_value_head_dim"], 2 * TEXT["linear_num_key_heads"] * TEXT["linear_key_head_dim"]
+    heads = torch.arange(0, model.config.linear_num_value_heads, 2)
+    rows = (heads[:, None] * width + torch.arange(width)).flatten()
+    mixed = torch.cat([torch.arange(keys), keys + rows])  # queries, keys and values, one above the other
+    kept = {
+        "in_proj_qkv.weight": (0, mixed),
+        "conv1d.weight": (0, mixed),
+        "in_proj_z.weight": (0, rows),
+        "in_proj_b.weight": (0, heads),
+        "in_proj_a.weight": (0, heads),
+        "A_log": (0, heads),
+        "dt_bias": (0, heads),
+        "out_proj.weight": (1, rows),
+    }
+    state = model.state_dict()
+    for name in state:
+        if (found := kept.get(name.partition(".linear_attn.")[2])) is not None:
+            state[name] = state[name].index_select(*found)
+    fewer.load_state_dict(state)
+    return fewer
+
+
+def train(model: Any, assets: Path, recipe: Recipe) -> int:
+    """Train a text model; how many steps it took."""
     torch.set_num_threads(1)
     tokenizer = qwen_texts.tokenizer_of(assets)
-    config = Qwen3_5Config(text_config={**TEXT, "linear_num_value_heads": recipe.value_heads}).text_config
-    model = Qwen3_5ForCausalLM(config)
-    texts = encoded(tokenizer, qwen_texts.digit_examples(assets, "train", recipe.passages))
-    trainer = Trainer(model, texts, recipe, [tokenizer.token_to_id(digit) for digit in qwen_texts.DIGITS])
-    return model, trainer.train()
+    # The last ones, so that a short training has others than a long one began with.
+    examples = qwen_texts.digit_examples(assets, "train", DIGITS.passages + EQUAL.passages)
+    chosen = examples[: recipe.passages] if recipe is DIGITS else examples[-recipe.passages :]
+    digits = [tokenizer.token_to_id(digit) for digit in qwen_texts.DIGITS]
+    return Trainer(model, encoded(tokenizer, chosen), recipe, digits).train()
 
 
 def judge(model: Any, assets: Path, steps: int) -> str:
@@ -213,7 +250,8 @@ def copy_tokenizer(assets: Path, folder: Path) -> None:
 
 def digits(assets: Path, folder: Path) -> str:
     """The text-only scorer."""
-    model, steps = trained(assets, DIGITS)
+    model = untrained(value_heads=8)
+    steps = train(model, assets, DIGITS)
     model.save_pretrained(folder)
     copy_tokenizer(assets, folder)
     return judge(Qwen3_5ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), assets, steps)
@@ -221,12 +259,11 @@ def digits(assets: Path, folder: Path) -> str:
 
 def digits_equal(assets: Path, folder: Path) -> str:
     """The multimodal scorer; rounding to bfloat16 is part of the checkpoint."""
-    text, steps = trained(assets, EQUAL)
+    text = with_half_the_value_heads(Qwen3_5ForCausalLM.from_pretrained(assets / "qwen3_5-digits", dtype=torch.float32))
+    steps = train(text, assets, EQUAL)
     config = Qwen3_5Config(text_config=text.config.to_dict(), vision_config=VISION, tie_word_embeddings=True)
     model = Qwen3_5ForConditionalGeneration(config)
-    missing, unexpected = model.model.language_model.load_state_dict(text.model.state_dict(), strict=True)
-    if missing or unexpected:
-        raise RuntimeError(f"not the same text model: {missing}, {unexpected}")
+    model.model.language_model.load_state_dict(text.model.state_dict())
     model.tie_weights()
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD)
     copy_tokenizer(assets, folder)
