@@ -42,6 +42,7 @@ OPENVINO_VENV = HERE.parent / ".cache" / "venvs" / "openvino"
 DEFAULT = ("ours", "torch-fp32", "torch-bf16", "openvino-w8", "openvino-w8a8")
 KNOWN = (*DEFAULT, "openvino-fp32")
 # Modes of many different texts, and of texts with a common prefix, by kind of contender.
+NEED_STATE = {"group", "prefixed"}
 MIXED_MODES = {"ours": ("one_by_one", "workers"), "torch": ("one_by_one",), "openvino": ("padded", "streams")}
 GROUP_MODES = {"ours": ("one_by_one", "group"), "torch": ("one_by_one",), "openvino": ("streams",)}
 # Tokens beyond which a contender is run once: it is the reference, and slow.
@@ -151,12 +152,14 @@ class Models:
         self.calibration.write_text(json.dumps(calibration))
         files = [*sorted(arguments.checkpoint.glob("*.safetensors")), arguments.checkpoint / "config.json"]
         stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        self.key = hashlib.sha256(json.dumps([stamps, calibration]).encode()).hexdigest()
+        inputs = [stamps, calibration, *([arguments.label_tokens] if arguments.label_tokens else [])]
+        self.key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
         self.built: dict[str, dict[str, Any]] = {}
 
     def ours(self, variant: str) -> Path:
-        """A variant of samescore's."""
-        return self._made(variant, Path(sys.executable), ["ours", "--variant", variant, *self._sources()])
+        """A variant of samescore's, of the checkpoint's classifier or of the one that label tokens make of it."""
+        labels = ["--label-tokens", *self.arguments.label_tokens] if self.arguments.label_tokens else []
+        return self._made(variant, Path(sys.executable), ["ours", "--variant", variant, *self._sources(), *labels])
 
     def plain(self) -> Path:
         """The float32 graph that OpenVINO reads."""
@@ -249,7 +252,7 @@ def workloads(arguments: argparse.Namespace, config: dict[str, Any]) -> list[Wor
 def model_folder(name: str, models: Models, arguments: argparse.Namespace) -> Path:
     """Where a contender's model lies, made now if need be."""
     if kind(name) == "ours":
-        return models.ours(arguments.variant)
+        return models.ours(f"cpu-{name.partition('-')[2]}" if "-" in name else arguments.variant)
     if kind(name) == "torch":
         return Path(arguments.checkpoint)
     step = name.partition("-")[2]
@@ -270,6 +273,8 @@ def start(name: str, models: Models, arguments: argparse.Namespace, config: dict
     options = ["--threads", str(arguments.threads), "--precision", precision]
     pad = config.get("pad_token_id")
     options += ["--pad", str(0 if pad is None else pad)]
+    if arguments.label_ids:
+        options += ["--label-ids", *map(str, arguments.label_ids)]
     worker = Worker(
         python, [kind(name), "--model", str(folder), *options], environment, arguments.work / f"worker-{name}.log"
     )
@@ -311,9 +316,10 @@ def faster_precision(
 class Benchmark:
     """The contenders that run, and what they did. One that fails is left out from then on, and its entry says why."""
 
-    def __init__(self, arguments: argparse.Namespace, config: dict[str, Any]):
-        self.arguments, self.config = arguments, config
-        self.workloads = workloads(arguments, config)
+    name = "llama"
+
+    def __init__(self, arguments: argparse.Namespace, config: dict[str, Any], workloads: list[Workload]):
+        self.arguments, self.config, self.workloads = arguments, config, workloads
         lengths = np.random.default_rng(arguments.seed).integers(*CALIBRATION_LENGTHS, size=CALIBRATION_SEQUENCES)
         self.models = Models(arguments, random_texts(config, [int(n) for n in lengths], arguments.seed + 400))
         self.workers: dict[str, Worker] = {}
@@ -374,7 +380,7 @@ class Benchmark:
         What is run once comes first. A padded batch is too, after its warm-up: no two contenders may hold one at a time.
         """
         say(workload.name)
-        rows = [Row(workload.name, name, mode) for name in self.workers for mode in workload.modes(name)]
+        rows = [Row(workload.name, name, mode) for name in self.workers for mode in self._modes(name, workload)]
         once = [row for row in rows if workload.tokens > ONCE_BEYOND.get(row.contender, math.inf)]
         padded = [row for row in rows if row.mode == "padded"]
         repeated = [row for row in rows if row not in once + padded]
@@ -398,6 +404,11 @@ class Benchmark:
             self._after(name, workload, workload.name)
         if workload is self.workloads[0]:
             self._idle()
+
+    def _modes(self, name: str, workload: Workload) -> list[str]:
+        """How a contender runs a workload: a graph that keeps no state reads every text from its start."""
+        state = self.contenders[name]["details"].get("state", True)
+        return [mode for mode in workload.modes(name) if state or mode not in NEED_STATE]
 
     def _ask(self, row: Row, workload: Workload, *, timed: bool) -> None:
         worker = self.workers.get(row.contender)
@@ -445,11 +456,10 @@ class Benchmark:
             entry["max_logit_difference"] = max((d for d in differences if d is not None), default=None)
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
         return {
-            "benchmark": "llama",
+            "benchmark": self.name,
             "checkpoint": self.arguments.checkpoint.name,
             "config": {key: self.config.get(key) for key in (*sizes, "intermediate_size", "head_dim")},
-            "variant": self.arguments.variant,
-            "openvino_graph": self.arguments.openvino_graph,
+            **self.described(),
             "rounds": self.arguments.rounds,
             "seed": self.arguments.seed,
             "workloads": {
@@ -460,6 +470,10 @@ class Benchmark:
             "contenders": self.contenders,
             "rows": self.results(),
         }
+
+    def described(self) -> dict[str, Any]:
+        """What only this benchmark has to say about itself."""
+        return {"variant": self.arguments.variant, "openvino_graph": self.arguments.openvino_graph}
 
     def results(self) -> list[dict[str, Any]]:
         """The rows with their ratios (above 1: faster than that peer) and logit differences to PyTorch float32."""
@@ -564,6 +578,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="what OpenVINO is given: our plain graph, or the one that transformers traces",
     )
     parser.add_argument("--torch-wait", choices=("passive", "default"), default="passive", help="OMP_WAIT_POLICY")
+    parser.set_defaults(label_tokens=[], label_ids=[])
     return parser.parse_args(argv)
 
 
@@ -572,7 +587,7 @@ def main() -> None:
     arguments = parse()
     arguments.checkpoint, arguments.work = arguments.checkpoint.absolute(), arguments.work.absolute()
     config = json.loads((arguments.checkpoint / "config.json").read_text())
-    benchmark = Benchmark(arguments, config)
+    benchmark = Benchmark(arguments, config, workloads(arguments, config))
     benchmark.run()
     document = benchmark.document()
     report(document)

@@ -1,4 +1,4 @@
-"""Make one contender's model for `llama.py`, in a process of its own: calibration is what needs most memory.
+"""Make one contender's model for `llama.py` and `scorer.py`, in a process of its own: calibration is what needs most memory.
 
     python benchmarks/llama_prepare.py ours    --variant cpu-int8 --checkpoint FOLDER --calibration FILE --output FOLDER
     python benchmarks/llama_prepare.py plain   --checkpoint FOLDER --output FOLDER     (float32 ONNX without contrib ops)
@@ -33,8 +33,11 @@ def ours(arguments: argparse.Namespace) -> None:
     from samescore.export.build import build_graph
     from samescore.export.checkpoint import Checkpoint
     from samescore.export.recipes import variant_spec
+    from samescore.export.scorer import TokenScorer
 
     checkpoint = Checkpoint(arguments.checkpoint)
+    if arguments.label_tokens:
+        checkpoint = TokenScorer(checkpoint, arguments.label_tokens)
     recipe = variant_spec(arguments.variant).recipe
     statistics = None
     if recipe.smoothing is not None:
@@ -99,6 +102,7 @@ def main() -> None:
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--variant", default="cpu-int8")
+    parser.add_argument("--label-tokens", nargs="+", help="ours: the labels of a language model")
     parser.add_argument("--source", type=Path)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--output", type=Path, required=True)

