@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class Architecture:
 
     classifiers: classes with a trained head. language_models: classes that label tokens make a classifier of
     (`TokenScorer`). variants: names, the first is the default. stages: the layers, cut so that calibration holds one
-    stage at a time; or None for a graph that is built whole.
+    stage at a time; or None for a graph that is built whole. bounded: its plain form reads texts up to a limit only, so
+    `build` takes `max_tokens`.
     """
 
     classifiers: tuple[str, ...]
@@ -36,6 +37,11 @@ class Architecture:
     build: Callable[..., Any]
     variants: tuple[str, ...]
     stages: Callable[[Checkpoint], list[range]] | None = None
+    bounded: bool = False
+
+    def limit(self, recipe: Recipe, max_tokens: int | None) -> int | None:
+        """The longest text that the graph of a recipe can read; None: as long as memory allows."""
+        return max_tokens if self.bounded and not recipe.contrib else None
 
 
 def architectures() -> tuple[Architecture, ...]:
@@ -47,7 +53,7 @@ def architectures() -> tuple[Architecture, ...]:
     return (
         Architecture((bert.ARCHITECTURE,), (), bert.build, bert.VARIANTS),
         Architecture((llama.ARCHITECTURE,), ("LlamaForCausalLM",), llama.build, llama.VARIANTS, llama.stages),
-        Architecture((), qwen3_5.LANGUAGE_MODELS, qwen3_5.build, qwen3_5.VARIANTS, qwen3_5.stages),
+        Architecture((), qwen3_5.LANGUAGE_MODELS, qwen3_5.build, qwen3_5.VARIANTS, qwen3_5.stages, bounded=True),
     )
 
 
@@ -94,10 +100,12 @@ def build_graph(
     statistics: Statistics | None = None,
     taps: bool = False,
     stage: range | None = None,
+    max_tokens: int | None = None,
 ) -> Any:
     """Write `model.onnx` and its data file into `folder`; the onnx_ir model.
 
-    taps: the graph also outputs its linear layers' input statistics. stage: build only these layers.
+    taps: the graph also outputs its linear layers' input statistics. stage: build only these layers. max_tokens: the
+    longest text that it must read.
     """
     architecture = architecture_of(checkpoint)
     if architecture is None:
@@ -107,6 +115,8 @@ def build_graph(
     from samescore.export.weights import WeightFile
 
     options: dict[str, Any] = {} if stage is None else {"stage": stage}
+    if limit := architecture.limit(recipe, max_tokens):
+        options["max_tokens"] = limit
     weights = WeightFile(folder / DATA_NAME)
     try:
         model = architecture.build(checkpoint, weights, recipe, statistics=statistics, taps=taps, **options)
@@ -118,19 +128,26 @@ def build_graph(
 
 
 def build_variant(
-    checkpoint: Checkpoint, spec: VariantSpec, bundle: Path, *, statistics: Statistics | None = None
+    checkpoint: Checkpoint,
+    spec: VariantSpec,
+    bundle: Path,
+    *,
+    max_tokens: int,
+    statistics: Statistics | None = None,
 ) -> Variant:
     """Build a variant into `bundle/<name>/`; what the manifest says of it.
 
-    statistics: of activations, for recipes that smooth (see `samescore.calibrate`). Nothing is left behind on failure.
+    max_tokens: the longest text that it must read. statistics: of activations, for recipes that smooth (see
+    `samescore.calibrate`). Nothing is left behind on failure.
     """
     check_variant(checkpoint, spec)
     folder = bundle / spec.name
     folder.mkdir(parents=True)
     try:
-        if architecture_of(checkpoint) is None:
+        architecture = architecture_of(checkpoint)
+        if architecture is None:
             return _build_generic(checkpoint, spec, folder)
-        model = build_graph(checkpoint, spec.recipe, folder, statistics=statistics)
+        model = build_graph(checkpoint, spec.recipe, folder, statistics=statistics, max_tokens=max_tokens)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -140,7 +157,9 @@ def build_variant(
         "smoothing": "from calibration texts" if statistics and spec.recipe.smoothing else "none",
         "graph": "fused operators, no padding" if spec.recipe.contrib else "plain ONNX, attention mask",
     }
-    return _variant(spec, tuple(value.name for value in model.graph.inputs), spec.recipe.opset, recipe, (DATA_NAME,))
+    inputs = tuple(value.name for value in model.graph.inputs)
+    variant = _variant(spec, inputs, spec.recipe.opset, recipe, (DATA_NAME,))
+    return replace(variant, max_tokens=architecture.limit(spec.recipe, max_tokens))
 
 
 def _build_generic(checkpoint: Checkpoint, spec: VariantSpec, folder: Path) -> Variant:
@@ -169,6 +188,7 @@ def _variant(
         data=tuple(f"{spec.name}/{name}" for name in data),
         inputs=inputs,
         opset=opset,
+        max_tokens=None,
         recipe=recipe,
     )
 

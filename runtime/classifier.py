@@ -63,6 +63,12 @@ class Classifier:
             self.digest = bundle.digest
             self.variant, self.target = choose(bundle.manifest, provider=provider, variant=variant)
             contract = bundle.manifest.contract.with_max_tokens(max_tokens)
+            limit = self.variant.max_tokens
+            if limit is not None and contract.max_tokens > limit:
+                raise UsageError(
+                    f"{self.variant.name} was exported for texts of at most {limit} tokens, not {contract.max_tokens}: name "
+                    "fewer, another variant, or export it again with --max-tokens"
+                )
             self.encoder = TextEncoder(bundle.read("tokenizer.json"), contract)
             self._model: ModelBytes = bundle.model(self.variant)
         large = sum(map(len, self._model.data.values())) > LARGE_BYTES

@@ -74,6 +74,7 @@ class Variant:
     int64 of the same shape, or for a decoder `lengths` int64 [batch], the count of real tokens (padding is on the right);
     where it can go on from a state, `past_*` float32 [batch, heads, tokens, head size]. The outputs are `logits` float32
     [batch, labels] and a `present_*` for each `past_*`.
+    `max_tokens` is the longest text that the graph can read, None where memory alone decides.
     `recipe` says how the weights and activations are stored, for people and for rebuilding.
     """
 
@@ -84,6 +85,7 @@ class Variant:
     data: tuple[str, ...]
     inputs: tuple[str, ...]
     opset: int
+    max_tokens: int | None
     recipe: Mapping[str, str]
 
 

@@ -123,7 +123,7 @@ def export_bundle(
     with staging_folder(target) as staging:
         if texts.reference is None:
             texts = add_reference(texts, checkpoint, report, yardstick=True)
-        built = _build(checkpoint, specs, staging, calibration_ids, report)
+        built = _build(checkpoint, specs, staging, calibration_ids, contract.max_tokens, report)
         certificate = _measure(
             checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report
         )
@@ -212,6 +212,7 @@ def _build(
     specs: Sequence[VariantSpec],
     staging: Path,
     calibration_ids: Sequence[npt.NDArray[np.int64]],
+    max_tokens: int,
     report: Reporter,
 ) -> list[Variant]:
     """Every variant into the staging folder; activation statistics first, where there are calibration texts."""
@@ -224,7 +225,7 @@ def _build(
     built = []
     for spec in specs:
         with report(f"building {spec.name}"):
-            built.append(build_variant(checkpoint, spec, staging, statistics=statistics))
+            built.append(build_variant(checkpoint, spec, staging, max_tokens=max_tokens, statistics=statistics))
     return built
 
 

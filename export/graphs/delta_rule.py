@@ -27,12 +27,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from samescore.export.graphs.blocks import FloatArray, GraphBuilder
+from samescore.export.graphs.blocks import GraphBuilder
 
 # Tokens of a chunk, a power of two. Heads of 128 channels cost 0.58, 0.50 and 0.82 million operations per token with 32
 # (more states), 64 and 128 (larger inverses).
 CHUNK = 64
-L2_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -210,23 +209,6 @@ def _states_before(
     return states
 
 
-def causal_convolution(g: GraphBuilder, x: ir.Value, name: str, weight: FloatArray) -> ir.Value:
-    """Each channel's weighted sum of its last tokens, float32 [batch, channels, sequence], from the same.
-
-    weight: float32 [channels, 1, kernel], as torch's depthwise Conv1d stores it; before the first token are zeros.
-    """
-    channels, _, kernel = weight.shape
-    stored = g.weight(f"{name}.weight", weight)
-    return g.op("Conv", x, stored, group=channels, kernel_shape=[kernel], pads=[kernel - 1, 0])
-
-
-def log_decay(g: GraphBuilder, x: ir.Value, name: str, a_log: FloatArray, dt_bias: FloatArray) -> ir.Value:
-    """`-exp(A_log) * softplus(x + dt_bias)`, float32 [batch, sequence, value heads]; the weights float32 [value heads]."""
-    rate = g.weight(f"{name}.A", -np.exp(a_log.astype(np.float32)))
-    step = softplus(g, g.op("Add", x, g.weight(f"{name}.dt_bias", dt_bias.astype(np.float32))))
-    return g.op("Mul", step, rate)
-
-
 def softplus(g: GraphBuilder, x: ir.Value) -> ir.Value:
     """`log(1 + exp(x))` as `max(x, 0) + 2 atanh(e / (2 + e))` with `e = exp(-|x|)`, float32.
 
@@ -237,14 +219,3 @@ def softplus(g: GraphBuilder, x: ir.Value) -> ir.Value:
     two = g.constant(2.0, np.float32)
     rest = g.op("Mul", g.op("Atanh", g.op("Div", e, g.op("Add", e, two))), two)
     return g.op("Add", g.op("Relu", x), rest)
-
-
-def l2_norm(g: GraphBuilder, x: ir.Value) -> ir.Value:
-    """`x / sqrt(sum(x^2) + eps)` over the last axis, float32; zeros stay zeros."""
-    total = g.op("ReduceSum", g.op("Mul", x, x), g.ints(-1), keepdims=1)
-    return g.op("Div", x, g.op("Sqrt", g.op("Add", total, g.constant(L2_EPS, np.float32))))
-
-
-def silu(g: GraphBuilder, x: ir.Value) -> ir.Value:
-    """`x * sigmoid(x)`."""
-    return g.op("Mul", x, g.op("Sigmoid", x))

@@ -17,7 +17,7 @@ the gates: what they decide is carried through the whole text.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,24 +25,24 @@ import onnx_ir as ir
 
 from samescore.export.checkpoint import Checkpoint, FloatArray
 from samescore.export.graphs.attention import FusedAttention, PlainAttention, value_scale
-from samescore.export.graphs.blocks import CONTRIB, GraphBuilder, rms_norm
+from samescore.export.graphs.blocks import GraphBuilder, rms_norm
 from samescore.export.graphs.decoder import (
     Decoder,
     DecoderConfig,
-    TokenRows,
     check_known,
     decoder_facts,
     layer_stages,
 )
-from samescore.export.graphs.linears import make_linears, silu
+from samescore.export.graphs.delta_net import DeltaHeads, FusedDeltaNet, PlainDeltaNet
+from samescore.export.graphs.linears import Linears, make_linears, silu
 from samescore.export.graphs.rope import rope_parameters
 from samescore.export.quantize import ChannelStatistics, Rescaling
 from samescore.export.recipes import Recipe
 from samescore.export.weights import WeightFile
-from samescore.runtime.errors import CheckpointError, UsageError
+from samescore.runtime.errors import CheckpointError
 
 LANGUAGE_MODELS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM")
-VARIANTS = ("cpu-int8", "cpu-fp32", "cpu-int4", "cuda-fp16", "cuda-int8")
+VARIANTS = ("cpu-int8", "cpu-fp32", "cpu-int4", "cuda-fp16", "cuda-int8", "migraphx-fp16", "migraphx-int8")
 LINEAR, FULL = "linear_attention", "full_attention"
 # transformers' defaults, for what a config leaves out.
 FULL_ATTENTION_INTERVAL = 4
@@ -56,31 +56,11 @@ stages = layer_stages
 class Qwen35Config(DecoderConfig):
     """The facts of the text model's config that the graph needs.
 
-    layer_types: `linear_attention` or `full_attention`, of each layer. key_heads, value_heads, key_size, value_size: of
-    the delta rule; value heads are a multiple of the key heads, which serve neighbours. kernel: the convolution's tokens.
+    layer_types: `linear_attention` or `full_attention`, of each layer. delta: the shapes of linear attention.
     """
 
     layer_types: tuple[str, ...]
-    key_heads: int
-    value_heads: int
-    key_size: int
-    value_size: int
-    kernel: int
-
-    @property
-    def key_width(self) -> int:
-        """Channels of all the delta rule's queries, and of its keys."""
-        return self.key_heads * self.key_size
-
-    @property
-    def value_width(self) -> int:
-        """Channels of all the delta rule's values."""
-        return self.value_heads * self.value_size
-
-    @property
-    def channels(self) -> int:
-        """What the convolution sees: queries, keys and values side by side."""
-        return 2 * self.key_width + self.value_width
+    delta: DeltaHeads
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> Qwen35Config:
@@ -99,11 +79,13 @@ class Qwen35Config(DecoderConfig):
         return cls(
             **decoder_facts(checkpoint, "qwen3_5", rotary_factor=float(factor)),
             layer_types=layer_types(checkpoint),
-            key_heads=key_heads,
-            value_heads=value_heads,
-            key_size=int(config["linear_key_head_dim"]),
-            value_size=int(config["linear_value_head_dim"]),
-            kernel=int(config["linear_conv_kernel_dim"]),
+            delta=DeltaHeads(
+                key_heads=key_heads,
+                value_heads=value_heads,
+                key_size=int(config["linear_key_head_dim"]),
+                value_size=int(config["linear_value_head_dim"]),
+                kernel=int(config["linear_conv_kernel_dim"]),
+            ),
         )
 
 
@@ -131,27 +113,30 @@ def build(
     statistics: Mapping[str, ChannelStatistics] | None = None,
     taps: bool = False,
     stage: range | None = None,
+    max_tokens: int | None = None,
 ) -> ir.Model:
     """The classifier's graph in one recipe.
 
-    Inputs: `input_ids` int64 [batch, sequence], `lengths` int32 [batch] (real tokens of each row; the rest is right
-    padding) and, with `recipe.state`, float32 of each layer i, which come back as `present_…` of the same name:
-    `past_key.<i>` and `past_value.<i>` [batch, kv heads, past, head size] of full attention (longer when they come back;
-    batch 1 where `past` is not 0); `past_conv.<i>` [batch, channels, kernel - 1] and `past_recurrent.<i>` [batch, value
-    heads, key size, value size] of linear attention (zeros before the first token). Padding enters what comes back: states
-    are for texts without it.
+    Inputs of fused recipes: `input_ids` int64 [batch, sequence], `lengths` int32 [batch] (real tokens of each row; the
+    rest is right padding) and, with `recipe.state`, float32 of each layer i, which come back as `present_…` of the same
+    name: `past_key.<i>` and `past_value.<i>` [batch, kv heads, past, head size] of full attention (longer when they come
+    back; batch 1 where `past` is not 0); `past_conv.<i>` [batch, channels, kernel - 1] and `past_recurrent.<i>` [batch,
+    value heads, key size, value size] of linear attention (zeros before the first token). Padding enters what comes back:
+    states are for texts without it. Plain recipes: `input_ids` and `attention_mask` int64 [batch, sequence], right padding.
     Output: `logits` float32 [batch, labels].
 
     statistics: by linear layer, of its input channels on calibration texts (recipes that smooth). taps: also output these
     statistics, under `tap_name`. stage: only these layers; a stage that is not the first takes `hidden` float32 [batch,
-    sequence, hidden] in place of the ids, one that is not the last returns `hidden_after`.
+    sequence, hidden] in place of the ids, one that is not the last returns `hidden_after`. max_tokens: the longest text,
+    which plain recipes must know (default: what the checkpoint allows).
 
     CheckpointError for a config that the graph does not describe.
     """
     g = GraphBuilder(weights, recipe)
     config = Qwen35Config.read(checkpoint)
     linears = make_linears(g, statistics=statistics, taps=taps)
-    _Qwen35(g, checkpoint, config, linears, stage or range(config.layers)).build()
+    limit = max_tokens or checkpoint.max_tokens
+    _Qwen35(g, checkpoint, config, linears, stage or range(config.layers), max_tokens=limit).build()
     return g.model(checkpoint.architecture)
 
 
@@ -160,7 +145,20 @@ class _Qwen35(Decoder[Qwen35Config]):
 
     norm_offset = 1.0
     attention: FusedAttention | PlainAttention
-    delta_net: _FusedDeltaNet
+    delta_net: FusedDeltaNet | PlainDeltaNet
+
+    def __init__(
+        self,
+        g: GraphBuilder,
+        checkpoint: Checkpoint,
+        config: Qwen35Config,
+        linears: Linears,
+        stage: range,
+        *,
+        max_tokens: int,
+    ):
+        super().__init__(g, checkpoint, config, linears, stage)
+        self.max_tokens = max_tokens
 
     def prepare(self) -> None:
         """See Decoder."""
@@ -168,11 +166,10 @@ class _Qwen35(Decoder[Qwen35Config]):
         linear, full = ([i for i in self.stage if config.layer_types[i] == kind] for kind in (LINEAR, FULL))
         if g.recipe.contrib:
             self.attention = FusedAttention(g, config, rows, full)
-            self.delta_net = _FusedDeltaNet(g, config, rows, linear)
+            self.delta_net = FusedDeltaNet(g, config.delta, linear)
             return
         self.attention = PlainAttention(g, config, rows)
-        if linear:
-            raise UsageError("the qwen3_5 graph has linear attention in com.microsoft operators only")
+        self.delta_net = PlainDeltaNet(g, config.delta, rows.sequence, self.max_tokens)
 
     def mix(self, x: ir.Value, pending: ir.Value | None, index: int) -> tuple[ir.Value, ir.Value]:
         """See Decoder: Gated DeltaNet or gated attention."""
@@ -181,8 +178,8 @@ class _Qwen35(Decoder[Qwen35Config]):
         out = self.matrix(f"{site}.weight")
         config = self.config
         # The norm's weight, or a KV head's values, serve several heads.
-        repeats = config.value_heads if linear else config.heads // config.kv_heads
-        tied = (repeats, config.value_size if linear else config.head_size)
+        repeats = config.delta.value_heads if linear else config.heads // config.kv_heads
+        tied = (repeats, config.delta.value_size if linear else config.head_size)
         after = self.linears.rescaling(site, out, centred=False, tied=tied)
         context, x = (self._delta_net if linear else self._attend)(x, pending, index, after)
         return self.g.cast(self.linears(context, site, out, rescaled=after), np.float32), x
@@ -244,12 +241,12 @@ class _Qwen35(Decoder[Qwen35Config]):
         context = self._recall(mixed, decay, beta, prefix, index)
         if self.is_last(index):
             normed, x = (self.rows.last_of(rows, config.hidden) for rows in (normed, x))
-            context = self.rows.last_of(context, config.value_width)
+            context = self.rows.last_of(context, config.delta.value_width)
         weight = self.tensor(f"{prefix}.norm.weight")
         if after is not None:
-            weight = weight / after.scale[: config.value_size]
+            weight = weight / after.scale[: config.delta.value_size]
         stored = g.weight(f"{prefix}.norm.weight", weight)
-        context = _norm_heads(g, context, config.value_heads, config.value_size, stored, config.eps)
+        context = _norm_heads(g, context, config.delta.value_heads, config.delta.value_size, stored, config.eps)
         z_rows = self.linears(normed, site, z, name=f"{site}_z", rescaled=rescaled)
         gated = g.op("Mul", context, silu(g, g.cast(z_rows, np.float32)))
         return g.cast(gated, np.float16), x
@@ -259,7 +256,7 @@ class _Qwen35(Decoder[Qwen35Config]):
         g, config = self.g, self.config
         both = np.concatenate([self.matrix(f"{prefix}.in_proj_{part}.weight") for part in "ab"], axis=1)
         weight = g.weight(f"{prefix}.in_proj_ab.weight", both if rescaled is None else both * rescaled.scale[:, None])
-        rows = self.rows.unflatten(g.op("MatMul", normed, weight), 2 * config.value_heads)
+        rows = self.rows.unflatten(g.op("MatMul", normed, weight), 2 * config.delta.value_heads)
         a, b = g.op_many("Split", rows, outputs=2, axis=-1, num_outputs=2)
         bias = g.weight(f"{prefix}.dt_bias", self.tensor(f"{prefix}.dt_bias"))
         rate = g.weight(f"{prefix}.A", -np.exp(self.tensor(f"{prefix}.A_log")))
@@ -272,92 +269,24 @@ class _Qwen35(Decoder[Qwen35Config]):
         """
         g, config, rows = self.g, self.config, self.rows
         kernel = g.weight(f"{prefix}.conv1d.weight", self.tensor(f"{prefix}.conv1d.weight"))
-        convolved = silu(g, self.delta_net.convolve(rows.unflatten(mixed, config.channels), kernel, index))
-        widths = [config.key_width, config.key_width, config.value_width]
+        convolved = silu(g, self.delta_net.convolve(rows.unflatten(mixed, config.delta.channels), kernel, index))
+        widths = [config.delta.key_width, config.delta.key_width, config.delta.value_width]
         query, key, value = g.op_many("Split", convolved, g.ints(*widths), outputs=3, axis=-1)
         # x / sqrt(sum(x²) + eps) is an RMS norm with eps / size and the weight 1 / sqrt(size); queries are scaled by
         # another 1 / sqrt(size), as attention's are.
-        unit = 1 / math.sqrt(config.key_size)
+        unit = 1 / math.sqrt(config.delta.key_size)
         query, key = (
-            rows.unflatten(self._unit_heads(x, scale), config.key_width) for x, scale in ((query, unit), (key, 1.0))
+            rows.unflatten(self._unit_heads(x, scale), config.delta.key_width)
+            for x, scale in ((query, unit), (key, 1.0))
         )
         context = self.delta_net.rule(query, key, value, decay, beta, index)
-        return g.op("Reshape", context, g.ints(-1, config.value_width))
+        return g.op("Reshape", context, g.ints(-1, config.delta.value_width))
 
     def _unit_heads(self, x: ir.Value, length: float) -> ir.Value:
         """Each head of the delta rule's queries or keys with this length; rows [batch * sequence, key width]."""
-        size = self.config.key_size
+        size = self.config.delta.key_size
         weight = self.g.constant(np.full(size, length / math.sqrt(size)), np.float32)
-        return _norm_heads(self.g, x, self.config.key_heads, size, weight, L2_EPS / size)
-
-
-class _FusedDeltaNet:
-    """Convolution, gates and delta rule in com.microsoft operators; float32, which is all that their CPU kernels take.
-
-    layers: those of the graph with linear attention. With `recipe.state` each of them takes and returns two states.
-    """
-
-    def __init__(self, g: GraphBuilder, config: Qwen35Config, rows: TokenRows, layers: Sequence[int]):
-        self.g = g
-        self.config = config
-        self.conv_shape: list[str | int] = ["batch", config.channels, config.kernel - 1]
-        self.recurrent_shape: list[str | int] = ["batch", config.value_heads, config.key_size, config.value_size]
-        self.pasts: dict[int, tuple[ir.Value, ir.Value]] = {}
-        for index in layers if g.recipe.state else ():
-            conv = g.input(f"past_conv.{index}", ir.DataType.FLOAT, self.conv_shape)
-            recurrent = g.input(f"past_recurrent.{index}", ir.DataType.FLOAT, self.recurrent_shape)
-            self.pasts[index] = (conv, recurrent)
-
-    def convolve(self, x: ir.Value, kernel: ir.Value, index: int) -> ir.Value:
-        """Each channel over its last tokens; x and the result [batch, sequence, channels], kernel [channels, 1, tokens]."""
-        g = self.g
-        # Channels last, and the activation fused, are both slower on the CPU.
-        x = g.op("Transpose", x, perm=[0, 2, 1])
-        past, _ = self.pasts.get(index, (None, None))
-        if past is None:
-            y = g.op("Conv", x, kernel, group=self.config.channels, pads=[self.config.kernel - 1, 0])
-        else:
-            y, present = g.op_many(
-                "CausalConvWithState", x, kernel, None, past, outputs=2, domain=CONTRIB, activation="none", ndim=1
-            )
-            g.result(present, f"present_conv.{index}", ir.DataType.FLOAT, self.conv_shape)
-        return g.op("Transpose", y, perm=[0, 2, 1])
-
-    def gates(self, a: ir.Value, bias: ir.Value, rate: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """`rate * softplus(a + bias)`, the logarithm of the decay, and `sigmoid(b)`; a and b [batch, sequence, heads]."""
-        decay, beta = self.g.op_many("LinearAttentionGate", a, bias, rate, b, outputs=2, domain=CONTRIB)
-        return decay, beta
-
-    def rule(
-        self, query: ir.Value, key: ir.Value, value: ir.Value, decay: ir.Value, beta: ir.Value, index: int
-    ) -> ir.Value:
-        """The gated delta rule, [batch, sequence, value heads * value size].
-
-        S ← exp(decay_t) S;  S ← S + beta_t k_t (v_t - Sᵀ k_t)ᵀ;  o_t = Sᵀ q_t        S: [key size, value size] by head
-
-        query, key: [batch, sequence, key heads * key size], by head of unit length, the query also scaled. value: [batch,
-        sequence, value heads * value size]. decay, beta: [batch, sequence, value heads].
-        """
-        g, config = self.g, self.config
-        _, past = self.pasts.get(index, (None, None))
-        context, present = g.op_many(
-            "LinearAttention",
-            query,
-            key,
-            value,
-            past,
-            decay,
-            beta,
-            outputs=2,
-            domain=CONTRIB,
-            q_num_heads=config.key_heads,
-            kv_num_heads=config.value_heads,
-            scale=1.0,
-            update_rule="gated_delta",
-        )
-        if past is not None:
-            g.result(present, f"present_recurrent.{index}", ir.DataType.FLOAT, self.recurrent_shape)
-        return context
+        return _norm_heads(self.g, x, self.config.delta.key_heads, size, weight, L2_EPS / size)
 
 
 def _norm_heads(g: GraphBuilder, x: ir.Value, heads: int, size: int, weight: ir.Value, eps: float) -> ir.Value:

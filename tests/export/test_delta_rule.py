@@ -10,6 +10,8 @@ import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from samescore.export.graphs import delta_rule
+from samescore.export.graphs.delta_net import DeltaHeads, PlainDeltaNet
+from samescore.export.graphs.linears import silu
 
 from ..conftest import plain_graph
 
@@ -36,7 +38,7 @@ LONG_CASES = tuple(
 
 
 def unit(x):
-    return x / np.sqrt(np.square(x).sum(-1, keepdims=True) + delta_rule.L2_EPS)
+    return x / np.sqrt(np.square(x).sum(-1, keepdims=True) + 1e-6)
 
 
 def arrays(length, layout, cases=CASES, seed=0):
@@ -255,21 +257,24 @@ def test_softplus_neither_overflows_nor_loses_small_results(tmp_path):
     np.testing.assert_allclose(result, expected, rtol=5e-7, atol=1e-37)
 
 
-def test_log_decay(tmp_path):
+def delta_net(g, x, kernel=4):
+    """Of 6 channels: one query, one key and four values."""
+    heads = DeltaHeads(key_heads=1, value_heads=4, key_size=1, value_size=1, kernel=kernel)
+    return PlainDeltaNet(g, heads, g.op("Shape", x, start=1, end=2), 64)
+
+
+def test_gates(tmp_path):
     random = np.random.default_rng(2)
     x = (10 * random.standard_normal((2, 30, 4))).astype(np.float32)
-    a_log, dt_bias = random.uniform(-4, 3, (2, 4)).astype(np.float32)
-    result = values(tmp_path, x, lambda g, x: delta_rule.log_decay(g, x, "gate", a_log, dt_bias))
-    expected = -np.exp(a_log.astype(np.float64)) * np.logaddexp(0, (x + dt_bias).astype(np.float64))
-    np.testing.assert_allclose(result, expected, rtol=1e-6)
+    rate = -np.exp(random.uniform(-4, 3, 4)).astype(np.float32)
+    bias = random.uniform(-4, 3, 4).astype(np.float32)
 
+    def body(g, x):
+        return g.op("Concat", *delta_net(g, x).gates(x, g.weight("bias", bias), g.weight("rate", rate), x), axis=-1)
 
-def test_l2_norm_of_zeros_and_of_small_rows(tmp_path):
-    x = np.random.default_rng(2).standard_normal((2, 5, 16)).astype(np.float32)
-    x[0, 1], x[0, 2] = 0, x[0, 2] * 1e-4
-    result = values(tmp_path, x, delta_rule.l2_norm)
-    np.testing.assert_allclose(result, unit(x.astype(np.float64)), rtol=1e-6)
-    assert not result[0, 1].any()
+    decay, beta = np.split(values(tmp_path, x, body), 2, axis=-1)
+    np.testing.assert_allclose(decay, rate * np.logaddexp(0, (x + bias).astype(np.float64)), rtol=1e-6)
+    np.testing.assert_allclose(beta, 1 / (1 + np.exp(-x.astype(np.float64))), atol=2e-7)
 
 
 @pytest.mark.torch
@@ -284,8 +289,8 @@ def test_convolution_and_activation_equal_transformers(tmp_path):
         expected = causal_conv1d_fn(torch.from_numpy(x), torch.from_numpy(weight[:, 0]), activation="silu")
 
         def body(g, rows):
-            columns = g.op("Transpose", rows, perm=[0, 2, 1])
-            return delta_rule.silu(g, delta_rule.causal_convolution(g, columns, "conv1d", weight))
+            convolved = delta_net(g, rows).convolve(rows, g.weight("conv1d", weight), 0)
+            return g.op("Transpose", silu(g, convolved), perm=[0, 2, 1])
 
         result = values(tmp_path / str(length), np.ascontiguousarray(x.transpose(0, 2, 1)), body)
         np.testing.assert_allclose(result, expected.numpy(), atol=1e-6)

@@ -3,16 +3,15 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from samescore.export.build import MODEL_NAME, build_graph
 from samescore.export.checkpoint import Checkpoint
-from samescore.export.graphs import bert, delta_rule, llama
+from samescore.export.graphs import bert, llama, qwen3_5
 from samescore.export.recipes import variant_spec
 from samescore.export.scorer import TokenScorer
 
-from ..conftest import label_tokens, plain_graph
+from ..conftest import label_tokens
 from .providers import Provider
 
 ASSETS = Path(__file__).parents[2] / ".cache" / "assets"
@@ -50,37 +49,14 @@ def built(checkpoint: Path, variant: str, folder: Path) -> Path:
     return folder / MODEL_NAME
 
 
-@pytest.mark.parametrize("architecture", ["bert", "llama"])
+@pytest.mark.parametrize("architecture", ["bert", "llama", "qwen3_5"])
 @pytest.mark.parametrize("variant", ["migraphx-fp16", "migraphx-int8"])
 def test_migraphx_takes_the_whole_graph(request, migraphx, tmp_path, architecture, variant):
-    assert variant in {"bert": bert, "llama": llama}[architecture].VARIANTS
+    assert variant in {"bert": bert, "llama": llama, "qwen3_5": qwen3_5}[architecture].VARIANTS
     model = built(request.getfixturevalue(f"{architecture}_checkpoint"), variant, tmp_path)
     placed = migraphx.assign(model, "MIGraphXExecutionProvider", plain=True)
     assert placed["subgraphs"] == {"MIGraphXExecutionProvider": 1}
     assert sum(placed["nodes"]["MIGraphXExecutionProvider"].values()) > 50
-
-
-def gated_delta_rule(g, mixed, step, beta):
-    """The linear attention around the rule: 2 key heads of 16 channels, 4 value heads of 24."""
-    weight = np.ones((160, 1, 4), np.float32)
-    columns = delta_rule.causal_convolution(g, g.op("Transpose", mixed, perm=[0, 2, 1]), "conv1d", weight)
-    rows = delta_rule.silu(g, g.op("Transpose", columns, perm=[0, 2, 1]))
-    query, key, value = g.op_many("Split", rows, g.ints(32, 32, 96), outputs=3, axis=-1)
-    query, key = (
-        g.op("Reshape", delta_rule.l2_norm(g, g.op("Reshape", x, g.ints(0, 0, 2, 16))), g.ints(0, 0, 32))
-        for x in (query, key)
-    )
-    decay = delta_rule.log_decay(g, step, "gate", np.zeros(4, np.float32), np.zeros(4, np.float32))
-    plan = delta_rule.chunk_plan(g, g.op("Shape", mixed, start=1, end=2), 512)
-    heads = {"key_heads": 2, "value_heads": 4, "key_size": 16, "value_size": 24}
-    return delta_rule.plain_delta_rule(g, plan, query, key, value, decay, g.op("Sigmoid", beta), **heads)
-
-
-def test_migraphx_takes_the_gated_delta_rule(migraphx, tmp_path):
-    model = plain_graph(tmp_path, {"mixed": 160, "step": 4, "beta": 4}, gated_delta_rule)
-    placed = migraphx.assign(model, "MIGraphXExecutionProvider", plain=True)
-    assert placed["subgraphs"] == {"MIGraphXExecutionProvider": 1}
-    assert sum(placed["nodes"]["MIGraphXExecutionProvider"].values()) > 100
 
 
 def test_migraphx_refuses_what_it_does_not_know(llama_checkpoint, migraphx, tmp_path):

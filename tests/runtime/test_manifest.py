@@ -23,7 +23,15 @@ MANIFEST = Manifest(
     activation="softmax",
     variants=(
         Variant(
-            "cpu-int8", "cpu", "int8", "cpu-int8/model.onnx", ("cpu-int8/model.onnx.data",), ("input_ids",), 21, {}
+            "cpu-int8",
+            "cpu",
+            "int8",
+            "cpu-int8/model.onnx",
+            ("cpu-int8/model.onnx.data",),
+            ("input_ids",),
+            21,
+            None,
+            {},
         ),
     ),
     files={
