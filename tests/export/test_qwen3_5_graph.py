@@ -26,19 +26,20 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
 
-RANDOM = np.random.default_rng(3)
 # |logit| differences on tiny random models, whose logits have a standard deviation of about 0.9: mean of all, and the
 # largest in float32. The norms by head of DeltaNet amplify rounding where what a head reads nearly cancels, so that the
-# largest of a random model says little of int8.
+# largest of a random model says little of int8. PyTorch's own two forms of the delta rule, by chunk and by token, differ
+# on these models by as much as either from our float32: 9e-6 over 80 texts, more on a rare one.
 MEAN = {"cpu-fp32": 2e-6, "cpu-int8": 0.12, "cpu-int4": 0.6, "cuda-fp16": 3e-3, "cuda-int8": 0.12}
-LARGEST = 2e-5
+LARGEST = 5e-5
 PAD = 1
 # As the 4B and the 0.8B model have them.
 LAYOUTS = {"two value heads per key head": {}, "as many": {"linear_num_value_heads": 2, "multimodal": True}}
 
 
 def sequences(checkpoint, lengths):
-    return [RANDOM.integers(3, checkpoint.config["vocab_size"], size=length) for length in lengths]
+    random = np.random.default_rng([3, *lengths])
+    return [random.integers(3, checkpoint.config["vocab_size"], size=length) for length in lengths]
 
 
 def scorer(folder):
@@ -140,7 +141,8 @@ def padded_batch(checkpoint, lengths, *, left=False, fill=None):
     ids = sequences(checkpoint, lengths)
     width = max(lengths)
     shape = (len(ids), width)
-    padded = RANDOM.integers(3, checkpoint.config["vocab_size"], size=shape) if fill is None else np.full(shape, fill)
+    random = np.random.default_rng(5).integers(3, checkpoint.config["vocab_size"], size=shape)
+    padded = random if fill is None else np.full(shape, fill)
     mask = np.zeros(shape, np.int64)
     for row, sequence in enumerate(ids):
         place = slice(width - len(sequence), None) if left else slice(len(sequence))
