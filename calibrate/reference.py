@@ -98,7 +98,8 @@ def run_reference(
     model = load_reference(checkpoint, dtype=dtype)
     label_ids = checkpoint.label_ids if isinstance(checkpoint, TokenScorer) else None
     rows, masses = [], []
-    with torch.inference_mode():
+    # Qwen3.5 logs at its first call that faster kernels exist.
+    with torch.inference_mode(), _quiet():
         for ids in input_ids:
             tokens = torch.from_numpy(ids[None, :])
             inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
