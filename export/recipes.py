@@ -28,6 +28,8 @@ class Recipe:
     smoothing: whether scales from calibration texts are folded in: int8 activations are smoothed (and centred, where the
       architecture can), rounded weights favour channels with large activations.
     state: decoders also take and return their KV cache, for shared prefixes and for long texts in chunks.
+    exact: parts of the network that are not quantized, by the beginning of their weights' names (`model.layers.0.mlp`):
+      matrices keep the float type, an embedding becomes float16.
     """
 
     linear: NumberFormat
@@ -38,6 +40,11 @@ class Recipe:
     smoothing: bool = False
     half: bool = False
     state: bool = False
+    exact: tuple[str, ...] = ()
+
+    def keeps(self, name: str) -> bool:
+        """Whether a weight or a linear layer of that name lies in an exact part."""
+        return any(name == part or name.startswith(f"{part}.") for part in self.exact)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _add_export(commands: Any) -> None:
         metavar="V",
         action="append",
         default=[],
-        help="cpu-int8, cpu-fp32, cpu-int4, cuda-fp16, migraphx-fp16 or migraphx-int8; repeat for several (default: "
+        help="cpu-int8, cpu-fp32, cpu-int4, cuda-fp16, cuda-int8, migraphx-fp16 or migraphx-int8; repeat for several (default: "
         "cpu-int8; cpu-fp32 for architectures without a hand-built graph)",
     )
     command.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub source")
@@ -115,6 +115,12 @@ def _add_export(commands: Any) -> None:
     )
     command.add_argument(
         "--max-tokens", metavar="N", type=int, help="cut longer texts here (default: the profile's limit)"
+    )
+    command.add_argument(
+        "--budget",
+        metavar="B",
+        help="keep parts of the network in float where a quantized variant needs it to stay inside `gate`, or inside numbers "
+        "as in p99=5e-3,mean=1e-3",
     )
     command.add_argument(
         "--allow-drift", action="store_true", help="write the bundle even if a gate fails, marked as failed"
@@ -194,6 +200,7 @@ def _export(arguments: argparse.Namespace) -> int:
         calibration=arguments.calibration,
         max_tokens=arguments.max_tokens,
         golden_limit=arguments.golden_limit,
+        budget=arguments.budget,
         allow_drift=arguments.allow_drift,
         progress=True,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -20,9 +20,10 @@ import numpy.typing as npt
 
 from samescore._progress import silent, step
 from samescore.adapted import AdapterOptions
-from samescore.calibrate.activations import collect_statistics, read_model, stages_of
+from samescore.calibrate.activations import collect_statistics
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
+from samescore.calibrate.gate import TOLERANCES
 from samescore.calibrate.golden import (
     GoldenSet,
     encode_golden,
@@ -32,6 +33,8 @@ from samescore.calibrate.golden import (
 )
 from samescore.calibrate.next_token import mass_warning
 from samescore.calibrate.reference import Reporter, add_reference
+from samescore.calibrate.search import Budget, search
+from samescore.calibrate.stages import read_model, stages_of
 from samescore.card import model_card
 from samescore.export.adapter import AdaptedCheckpoint
 from samescore.export.build import architecture_of, build_variant, check_buildable, check_variant
@@ -39,6 +42,7 @@ from samescore.export.checkpoint import Checkpoint
 from samescore.export.hub import fetch, is_hub_id
 from samescore.export.profiles import Profile, contract_for, find_profile, labels_for, profile_named
 from samescore.export.publish import check_target, file_entries, publish, staging_folder
+from samescore.export.quantize import ChannelStatistics
 from samescore.export.recipes import VariantSpec, variant_spec
 from samescore.runtime.errors import CheckpointError, GateError, UsageError
 from samescore.runtime.manifest import (
@@ -50,6 +54,7 @@ from samescore.runtime.manifest import (
     Source,
     Variant,
 )
+from samescore.runtime.prefill import Ids
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
 from samescore.scored import label_tokens_of, open_classifier, values_of
@@ -88,6 +93,7 @@ def export_bundle(
     calibration: str | os.PathLike[str] | None = None,
     max_tokens: int | None = None,
     golden_limit: int | None = None,
+    budget: str | None = None,
     allow_drift: bool = False,
     progress: bool = False,
 ) -> ExportResult:
@@ -101,7 +107,8 @@ def export_bundle(
     probabilities as the next token are the score (default: the profile's). golden, calibration: JSONL files of texts;
     golden texts may hold reference logits, otherwise PyTorch computes them. max_tokens: where the bundle cuts longer texts
     (default: the profile's limit). golden_limit: use only that many golden texts, from the first (large models take long
-    on a CPU). allow_drift: write the bundle even if a gate fails; its certificate says so.
+    on a CPU). budget: `gate` or `p99=…,mean=…,max=…`: parts of the network stay in float where quantized variants need it to
+    stay inside (found on the calibration texts). allow_drift: write the bundle even if a gate fails; its certificate says so.
 
     Raises GateError (nothing is written), CheckpointError, UsageError, InputError or MissingDependencyError.
     """
@@ -123,7 +130,10 @@ def export_bundle(
     with staging_folder(target) as staging:
         if texts.reference is None:
             texts = add_reference(texts, checkpoint, report, yardstick=True)
-        built = _build(checkpoint, specs, staging, calibration_ids, contract.max_tokens, report)
+        calibrated = _Calibrated(checkpoint, calibration_ids, contract.max_tokens, encoder.prefix_ids, staging, report)
+        if budget is not None:
+            specs = [calibrated.within(spec, budget) for spec in specs]
+        built = calibrated.build(specs)
         certificate = _measure(
             checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report
         )
@@ -207,26 +217,67 @@ def _source(
     return Source(kind, place, revision, checkpoint.sha256(), base, notes)
 
 
-def _build(
-    checkpoint: Checkpoint,
-    specs: Sequence[VariantSpec],
-    staging: Path,
-    calibration_ids: Sequence[npt.NDArray[np.int64]],
-    max_tokens: int,
-    report: Reporter,
-) -> list[Variant]:
-    """Every variant into the staging folder; activation statistics first, where there are calibration texts."""
-    statistics = None
-    if calibration_ids:
-        count = len(calibration_ids)
-        steps = count * len(stages_of(checkpoint))
-        with report(f"activation statistics of {count} calibration texts", steps) as tick:
-            statistics = collect_statistics(checkpoint, calibration_ids, workspace=staging, progress=tick)
-    built = []
-    for spec in specs:
-        with report(f"building {spec.name}"):
-            built.append(build_variant(checkpoint, spec, staging, max_tokens=max_tokens, statistics=statistics))
-    return built
+class _Calibrated:
+    """A checkpoint with its calibration texts: activation statistics, the parts to keep exact, and variants."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        input_ids: Sequence[Ids],
+        max_tokens: int,
+        prefix: Ids,
+        staging: Path,
+        report: Reporter,
+    ):
+        self.checkpoint = checkpoint
+        self.input_ids = input_ids
+        self.max_tokens = max_tokens
+        self.prefix = prefix
+        self.staging = staging
+        self.report = report
+        self.statistics = self._statistics()
+
+    def _statistics(self) -> Mapping[str, ChannelStatistics] | None:
+        if not self.input_ids:
+            return None
+        count = len(self.input_ids)
+        steps = count * len(stages_of(self.checkpoint))
+        with self.report(f"activation statistics of {count} calibration texts", steps) as tick:
+            return collect_statistics(self.checkpoint, self.input_ids, workspace=self.staging, progress=tick)
+
+    def within(self, spec: VariantSpec, budget: str) -> VariantSpec:
+        """The variant with the parts exact that the budget needs; as it is when nothing in it is quantized."""
+        limits = Budget.parse(budget, TOLERANCES[spec.precision])
+        if not spec.recipe.smoothing:
+            return spec
+        choice = search(
+            self.checkpoint,
+            spec.recipe,
+            limits,
+            self.input_ids,
+            self.statistics,
+            max_tokens=self.max_tokens,
+            prefix=self.prefix,
+            workspace=self.staging,
+            report=self.report,
+        )
+        return replace(spec, recipe=replace(spec.recipe, exact=choice.exact))
+
+    def build(self, specs: Sequence[VariantSpec]) -> list[Variant]:
+        """Every variant into the staging folder."""
+        built = []
+        for spec in specs:
+            with self.report(f"building {spec.name}"):
+                built.append(
+                    build_variant(
+                        self.checkpoint,
+                        spec,
+                        self.staging,
+                        max_tokens=self.max_tokens,
+                        statistics=self.statistics,
+                    )
+                )
+        return built
 
 
 def _measure(
@@ -331,8 +382,8 @@ def _gate(certificate: Certificate, allow_drift: bool) -> None:
     if failed and not allow_drift:
         said = "; ".join(f"{name}: {', '.join(parity.verdict.failures)}" for name, parity in failed.items())
         raise GateError(
-            f"{said}. Nothing was written. Export a more exact variant (cpu-fp32), or "
-            "--allow-drift to keep this one with a certificate that says it failed"
+            f"{said}. Nothing was written. Let parts of it stay in float with --budget gate (quantized variants), export a "
+            "more exact variant (cpu-fp32), or --allow-drift to keep this one with a certificate that says it failed"
         )
 
 

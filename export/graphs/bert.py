@@ -95,6 +95,13 @@ def build(
     return g.model(checkpoint.architecture)
 
 
+def parts(checkpoint: Checkpoint) -> list[list[str]]:
+    """What may be kept exact: the embedding, and each layer's attention and two halves of the feed-forward."""
+    layers = range(int(checkpoint.config["num_hidden_layers"]))
+    names = ("attention", "intermediate", "output")
+    return [["bert.embeddings", *(f"bert.encoder.layer.{i}.{name}" for i in layers for name in names)]]
+
+
 class _Bert:
     """The graph under construction."""
 

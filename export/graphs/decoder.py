@@ -11,6 +11,7 @@ residual stream is float32 in every recipe.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -88,6 +89,12 @@ def decoder_facts(checkpoint: Checkpoint, graph: str, *, rotary_factor: float = 
 def layer_stages(checkpoint: Checkpoint) -> list[range]:
     """The layers, one stage each."""
     return [range(index, index + 1) for index in range(int(checkpoint.config["num_hidden_layers"]))]
+
+
+def layer_parts(mixers: Sequence[str]) -> list[list[str]]:
+    """What may be kept exact, by stage: the embedding, each layer's token mixer and its feed-forward."""
+    parts = [[f"model.layers.{i}.{mixer}", f"model.layers.{i}.mlp"] for i, mixer in enumerate(mixers)]
+    return [["model.embed_tokens", *parts[0]], *parts[1:]]
 
 
 class TokenRows:

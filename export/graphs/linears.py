@@ -18,7 +18,7 @@ from samescore.export.quantize import (
     quantize_columns,
     smoothing_scales,
 )
-from samescore.export.recipes import TAPS, tap_name
+from samescore.export.recipes import TAPS, Recipe, tap_name
 
 # uint8 activations: zero point 128 splits the range evenly for signed values.
 SIGNED_ZERO_POINT = 128
@@ -359,10 +359,51 @@ def _largest_of_tied(values: FloatArray, repeats: int, size: int) -> FloatArray:
     return result
 
 
+class MixedLinears:
+    """Quantized matrices, and float ones in the parts that the recipe keeps exact."""
+
+    def __init__(self, recipe: Recipe, quantized: Linears, exact: Linears):
+        self.recipe = recipe
+        self.quantized = quantized
+        self.exact = exact
+
+    def rescaling(
+        self, site: str, weight: FloatArray, *, centred: bool = True, tied: tuple[int, int] | None = None
+    ) -> Rescaling | None:
+        """See Linears."""
+        return self._of(site).rescaling(site, weight, centred=centred, tied=tied)
+
+    def __call__(
+        self,
+        x: ir.Value,
+        site: str,
+        weight: FloatArray,
+        bias: FloatArray | None = None,
+        *,
+        name: str | None = None,
+        after_gelu: bool = False,
+        rescaled: Rescaling | None = None,
+    ) -> ir.Value:
+        """See Linears."""
+        return self._of(site)(x, site, weight, bias, name=name, after_gelu=after_gelu, rescaled=rescaled)
+
+    def gated(self, x: ir.Value, prefix: str, weights: GatedWeights, rescaled: Rescaling | None) -> ir.Value:
+        """See Linears."""
+        return self._of(prefix).gated(x, prefix, weights, rescaled)
+
+    def _of(self, site: str) -> Linears:
+        return self.exact if self.recipe.keeps(site) else self.quantized
+
+
 def make_linears(
     g: GraphBuilder, *, statistics: Mapping[str, ChannelStatistics] | None = None, taps: bool = False
 ) -> Linears:
     """The recipe's way to multiply."""
+    linears = _linears(g, statistics, taps)
+    return MixedLinears(g.recipe, linears, FloatLinears(g)) if g.recipe.exact else linears
+
+
+def _linears(g: GraphBuilder, statistics: Mapping[str, ChannelStatistics] | None, taps: bool) -> Linears:
     match g.recipe.linear:
         case "int8-row":
             return RowInt8Linears(g, statistics)

@@ -17,7 +17,14 @@ import onnx_ir as ir
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.graphs.attention import FusedAttention, PlainAttention, value_scale
 from samescore.export.graphs.blocks import GraphBuilder
-from samescore.export.graphs.decoder import Decoder, DecoderConfig, check_known, decoder_facts, layer_stages
+from samescore.export.graphs.decoder import (
+    Decoder,
+    DecoderConfig,
+    check_known,
+    decoder_facts,
+    layer_parts,
+    layer_stages,
+)
 from samescore.export.graphs.linears import make_linears
 from samescore.export.quantize import ChannelStatistics, Rescaling
 from samescore.export.recipes import Recipe
@@ -64,6 +71,11 @@ def build(
     linears = make_linears(g, statistics=statistics, taps=taps)
     _Llama(g, checkpoint, config, linears, stage or range(config.layers)).build()
     return g.model(checkpoint.architecture)
+
+
+def parts(checkpoint: Checkpoint) -> list[list[str]]:
+    """See `layer_parts`."""
+    return layer_parts(["self_attn"] * int(checkpoint.config["num_hidden_layers"]))
 
 
 class _Llama(Decoder[LlamaConfig]):

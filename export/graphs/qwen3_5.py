@@ -31,6 +31,7 @@ from samescore.export.graphs.decoder import (
     DecoderConfig,
     check_known,
     decoder_facts,
+    layer_parts,
     layer_stages,
 )
 from samescore.export.graphs.delta_net import DeltaHeads, FusedDeltaNet, PlainDeltaNet
@@ -138,6 +139,11 @@ def build(
     limit = max_tokens or checkpoint.max_tokens
     _Qwen35(g, checkpoint, config, linears, stage or range(config.layers), max_tokens=limit).build()
     return g.model(checkpoint.architecture)
+
+
+def parts(checkpoint: Checkpoint) -> list[list[str]]:
+    """See `layer_parts`."""
+    return layer_parts(["linear_attn" if kind == LINEAR else "self_attn" for kind in layer_types(checkpoint)])
 
 
 class _Qwen35(Decoder[Qwen35Config]):

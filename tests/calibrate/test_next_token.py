@@ -68,7 +68,7 @@ def test_a_head_that_is_stored_is_the_head(language_model, tmp_path):
 
 
 def test_the_graph_of_an_untied_model(tmp_path, language_model):
-    from samescore.calibrate.activations import read_model
+    from samescore.calibrate.stages import read_model
     from samescore.runtime.prefill import logits_of
     from samescore.runtime.session import Session
 

@@ -11,8 +11,8 @@ import pytest
 
 from samescore import export_bundle, load, verify
 from samescore.adapted import AdapterOptions
-from samescore.calibrate.activations import read_model
 from samescore.calibrate.reference import load_reference, reference_logits
+from samescore.calibrate.stages import read_model
 from samescore.export import build
 from samescore.export import checkpoint as checkpoint_module
 from samescore.export.adapter import AdaptedCheckpoint, AdapterConfig, adapters_below, is_adapter

@@ -7,8 +7,9 @@ import numpy as np
 import onnx
 import pytest
 
-from samescore.calibrate.activations import collect_statistics, read_model
+from samescore.calibrate.activations import collect_statistics
 from samescore.calibrate.reference import load_reference, reference_logits
+from samescore.calibrate.stages import read_model
 from samescore.export.build import MODEL_NAME, build_graph
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.graphs import llama

@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from samescore.calibrate.activations import collect_statistics, read_model
+from samescore.calibrate.activations import collect_statistics
+from samescore.calibrate.stages import read_model
 from samescore.export.build import MODEL_NAME, build_graph, check_variant
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.graphs import qwen3_5
