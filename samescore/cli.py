@@ -206,6 +206,9 @@ def _export(arguments: argparse.Namespace) -> int:
     )
     size = sum(entry.size for entry in result.manifest.files.values())
     print(parity_table(result.certificate.variants))
+    for variant in result.manifest.variants:
+        if "exact" in variant.recipe:
+            print(f"{variant.name:<15}in float: {variant.recipe['exact']}")
     if said := _label_mass(dataclasses.asdict(result.certificate.reference)):
         print(f"label mass     {said}")
     print(f"{result.path}: {len(result.manifest.files) + 1} files, {size / 1e6:.1f} MB")
@@ -256,6 +259,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
             f"variant     {variant.name}: {variant.target}, {size / 1e6:.1f} MB; N={drift['texts']}, "
             f"max |Δp| {drift['max_abs_dp']:.1e}, p99 {drift['p99_abs_dp']:.1e}, gate {'PASS' if verdict['passed'] else 'FAIL'}"
         )
+        if "exact" in variant.recipe:
+            print(f"            in float: {variant.recipe['exact']}")
     return EXIT_OK
 
 

@@ -120,6 +120,7 @@ def export_bundle(
         source, profile=profile, revision=revision, adapter=adapter, label_tokens=label_tokens, progress=progress
     )
     specs = _specs(checkpoint, variants)
+    budgets = _budgets(specs, budget)
     contract = contract_for(checkpoint, facts, max_tokens)
     labels = labels_for(checkpoint, facts)
     tokenizer = compact_json(checkpoint.tokenizer_bytes())
@@ -131,8 +132,7 @@ def export_bundle(
         if texts.reference is None:
             texts = add_reference(texts, checkpoint, report, yardstick=True)
         calibrated = _Calibrated(checkpoint, calibration_ids, contract.max_tokens, encoder.prefix_ids, staging, report)
-        if budget is not None:
-            specs = [calibrated.within(spec, budget) for spec in specs]
+        specs = [calibrated.within(spec, budgets[spec.name]) if spec.name in budgets else spec for spec in specs]
         built = calibrated.build(specs)
         certificate = _measure(
             checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report
@@ -217,6 +217,23 @@ def _source(
     return Source(kind, place, revision, checkpoint.sha256(), base, notes)
 
 
+def _budgets(specs: Sequence[VariantSpec], asked: str | None) -> dict[str, Budget]:
+    """The budget of each quantized variant; UsageError when one was asked for and there is none."""
+    if asked is None:
+        return {}
+    found = {
+        spec.name: Budget.parse(asked, TOLERANCES[spec.precision])
+        for spec in specs
+        if spec.precision in ("int8", "int4")
+    }
+    if not found:
+        raise UsageError(
+            f"--budget {asked} chooses what a quantized variant keeps in float, and {', '.join(s.name for s in specs)} "
+            "quantizes nothing: name one as --variant cpu-int8, or leave --budget away"
+        )
+    return found
+
+
 class _Calibrated:
     """A checkpoint with its calibration texts: activation statistics, the parts to keep exact, and variants."""
 
@@ -245,15 +262,12 @@ class _Calibrated:
         with self.report(f"activation statistics of {count} calibration texts", steps) as tick:
             return collect_statistics(self.checkpoint, self.input_ids, workspace=self.staging, progress=tick)
 
-    def within(self, spec: VariantSpec, budget: str) -> VariantSpec:
-        """The variant with the parts exact that the budget needs; as it is when nothing in it is quantized."""
-        limits = Budget.parse(budget, TOLERANCES[spec.precision])
-        if not spec.recipe.smoothing:
-            return spec
+    def within(self, spec: VariantSpec, budget: Budget) -> VariantSpec:
+        """The variant with the parts exact that the budget needs."""
         choice = search(
             self.checkpoint,
             spec.recipe,
-            limits,
+            budget,
             self.input_ids,
             self.statistics,
             max_tokens=self.max_tokens,

@@ -13,6 +13,7 @@ import pytest
 
 from samescore import export_bundle, load, verify
 from samescore.calibrate.golden import read_golden
+from samescore.cli import main
 from samescore.exporting import compact_json
 from samescore.runtime import Bundle, BundleError, CheckpointError, GateError, InputError, ProviderError, UsageError
 
@@ -107,6 +108,35 @@ def test_a_variant_that_drifts_fails_and_leaves_nothing(
     assert not result.certificate.variants["cpu-int8"].verdict.passed
     assert "The gate FAILED" in (output / "README.md").read_text()
     assert not verify(output).passed
+
+
+def test_a_budget_keeps_parts_in_float(bert_checkpoint, bert_bundle, texts_files, tmp_path, capsys):
+    """Half of what plain int8 drifts on the calibration texts: the manifest and `inspect` name the parts."""
+    drift = json.loads((bert_bundle / "parity.json").read_bytes())["variants"]["cpu-int8"]["drift"]
+    settings = {"profile": "refusal", "golden": bert_bundle / "golden.jsonl", "calibration": texts_files[1]}
+    result = export_bundle(
+        bert_checkpoint, tmp_path / "b", budget=f"mean={drift['mean_abs_dp']:.2e}", allow_drift=True, **settings
+    )
+    (variant,) = result.manifest.variants
+    parts = variant.recipe["exact"].split()
+    assert 0 < len(parts) < 10 and all(part.startswith("bert.e") for part in parts)
+    assert result.certificate.variants["cpu-int8"].drift.mean_abs_dp < drift["mean_abs_dp"]
+    assert main(["inspect", str(tmp_path / "b")]) == 0
+    assert f"in float: {variant.recipe['exact']}" in capsys.readouterr().out
+    assert load(tmp_path / "b")("hello bread").label in result.manifest.labels
+
+
+@pytest.mark.parametrize(
+    ("variants", "budget", "said"),
+    [
+        (["cpu-fp32"], "gate", "--budget gate chooses what a quantized variant keeps in float, and cpu-fp32 quantizes"),
+        (["cpu-int8"], "p95=1", "'p95' is none of gate, max, p99, mean"),
+    ],
+)
+def test_budgets_are_read_before_anything_is_done(bert_checkpoint, tmp_path, variants, budget, said):
+    with pytest.raises(UsageError, match=said):
+        export_bundle(bert_checkpoint, tmp_path / "b", variants=variants, budget=budget)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_calibration_texts_must_not_be_golden(bert_checkpoint, texts_files, tmp_path):
