@@ -14,7 +14,7 @@ from samescore.cli import main
 from samescore.runtime import Bundle, CheckpointError, UsageError
 from samescore.runtime.manifest import LabelToken
 
-from .conftest import tiny_adapter, tiny_llama_base
+from .conftest import label_tokens, tiny_adapter, tiny_llama_base
 
 pytestmark = pytest.mark.torch
 
@@ -208,3 +208,24 @@ def test_values_are_the_labels_that_are_numbers(language_model):
     for labels in (["1", "a"], ["1", "."]):
         assert values_of(TokenScorer(Checkpoint(language_model), labels)) is None
     assert values_of(Checkpoint(language_model)) is None and label_tokens_of(Checkpoint(language_model)) is None
+
+
+def test_a_plain_variant_reads_up_to_its_limit(qwen3_5_checkpoint, tmp_path, texts_files):
+    """Its delta rule has a fixed depth: what does not fit is an error before anything runs."""
+    bundle = tmp_path / "bundle"
+    result = export_bundle(
+        qwen3_5_checkpoint,
+        bundle,
+        variants=["migraphx-fp16", "cpu-fp32"],
+        label_tokens=label_tokens(qwen3_5_checkpoint),
+        golden=texts_files[0],
+        golden_limit=8,
+        max_tokens=40,
+        allow_drift=True,
+    )
+    assert [variant.max_tokens for variant in result.manifest.variants] == [40, None]
+    long = "bread with flour " * 40
+    assert load(bundle, variant="migraphx-fp16", provider="cpu")(long).tokens == 40
+    with pytest.raises(UsageError, match="migraphx-fp16 was exported for texts of at most 40 tokens, not 64"):
+        load(bundle, variant="migraphx-fp16", provider="cpu", max_tokens=64)
+    assert load(bundle, variant="cpu-fp32", max_tokens=64)(long).tokens == 64
