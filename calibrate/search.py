@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from samescore.calibrate.certify import score_all
 from samescore.calibrate.gate import Tolerance
 from samescore.calibrate.metrics import Drift, measure
 from samescore.calibrate.reference import Reporter
-from samescore.calibrate.stages import Flow, Stage, exact_recipe, read_model, run_stage, stage_session, stages_of
+from samescore.calibrate.stages import Flow, exact_recipe, read_model, run_stage, stage_session, stages_of
 from samescore.export.build import architecture_of, build_graph
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.quantize import ChannelStatistics
@@ -120,7 +119,9 @@ def search(
     every part in float is not enough; UsageError for an architecture without parts.
     """
     parts = parts_of(checkpoint)
-    effects = part_effects(checkpoint, recipe, input_ids, statistics, workspace=workspace, report=report)
+    effects = part_effects(
+        checkpoint, recipe, input_ids, statistics, max_tokens=max_tokens, workspace=workspace, report=report
+    )
     sizes = {part: stored_bytes(checkpoint, part) for part in parts}
     trials = _Trials(checkpoint, recipe, input_ids, statistics, max_tokens, prefix, workspace, effects.logits)
     ranked = rank(effects, sizes, checkpoint.activation)
@@ -150,10 +151,11 @@ def part_effects(
     input_ids: Sequence[Ids],
     statistics: Statistics | None,
     *,
+    max_tokens: int | None = None,
     workspace: Path | None = None,
     report: Reporter,
 ) -> Effects:
-    """What quantizing each part alone does to every text.
+    """What quantizing each part alone does to every text, none of them longer than max_tokens.
 
     A perturbed text goes on through the exact later stages, so each stage is built once exact and once per part of it.
     """
@@ -171,17 +173,13 @@ def part_effects(
             for part in here:
                 others = tuple(other for other in here if other != part)
                 only = replace(recipe, exact=others)
-                with _quantized_stage(checkpoint, only, stage, statistics, workspace) as session:
+                with stage_session(
+                    checkpoint, only, stage, workspace, statistics=statistics, max_tokens=max_tokens
+                ) as session:
                     after[part] = run_stage(session, clean)
                 tick()
             clean, perturbed = exact, after
     return Effects(_rows(clean), {part: _rows(values) for part, values in perturbed.items()})
-
-
-def _quantized_stage(
-    checkpoint: Checkpoint, recipe: Recipe, stage: Stage, statistics: Statistics | None, workspace: Path | None
-) -> AbstractContextManager[Session]:
-    return stage_session(checkpoint, recipe, stage, workspace, statistics=statistics)
 
 
 def _rows(values: Sequence[Flow]) -> npt.NDArray[np.float32]:
@@ -224,7 +222,8 @@ def fewest(
     budget: Budget,
     tick: Callable[[], None],
 ) -> tuple[int, Drift]:
-    """The smallest number of exact parts whose measured drift is inside the budget, in at most BUILDS builds.
+    """The smallest number of exact parts whose measured drift is inside the budget, in at most BUILDS builds (and one
+    of all parts, where none of these passed).
 
     Starts where the prediction is inside, corrects the prediction by what was measured, and halves the gap between the
     most parts that failed and the fewest that passed. GateError when all of them fail.
