@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from samescore._progress import silent, step
 from samescore.adapted import AdapterOptions
-from samescore.calibrate.activations import collect_statistics
+from samescore.calibrate.activations import CalibrationRun, collect_statistics
+from samescore.calibrate.budget import Budget
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
 from samescore.calibrate.gate import TOLERANCES
@@ -34,7 +35,7 @@ from samescore.calibrate.golden import (
 from samescore.calibrate.next_token import mass_warning
 from samescore.calibrate.reference import Reporter, add_reference
 from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, Scores, write_scores
-from samescore.calibrate.search import Budget, search
+from samescore.calibrate.search import search
 from samescore.calibrate.stages import read_model, stages_of
 from samescore.card import model_card
 from samescore.export.adapter import AdaptedCheckpoint
@@ -43,7 +44,6 @@ from samescore.export.checkpoint import Checkpoint
 from samescore.export.hub import fetch, is_hub_id
 from samescore.export.profiles import Profile, contract_for, find_profile, labels_for, profile_named
 from samescore.export.publish import check_target, file_entries, publish, staging_folder
-from samescore.export.quantize import ChannelStatistics
 from samescore.export.recipes import VariantSpec, variant_spec
 from samescore.runtime.errors import CheckpointError, GateError, UsageError
 from samescore.runtime.manifest import (
@@ -254,9 +254,9 @@ class _Calibrated:
         self.prefix = prefix
         self.staging = staging
         self.report = report
-        self.statistics = self._statistics()
+        self.run = self._run()
 
-    def _statistics(self) -> Mapping[str, ChannelStatistics] | None:
+    def _run(self) -> CalibrationRun | None:
         if not self.input_ids:
             return None
         count = len(self.input_ids)
@@ -265,19 +265,20 @@ class _Calibrated:
             return collect_statistics(self.checkpoint, self.input_ids, workspace=self.staging, progress=tick)
 
     def within(self, spec: VariantSpec, budget: Budget) -> VariantSpec:
-        """The variant with the parts exact that the budget needs."""
+        """The variant with the formats that the budget needs."""
+        assert self.run is not None  # every quantized recipe is calibrated
         choice = search(
             self.checkpoint,
             spec.recipe,
             budget,
             self.input_ids,
-            self.statistics,
+            self.run,
             max_tokens=self.max_tokens,
             prefix=self.prefix,
             workspace=self.staging,
             report=self.report,
         )
-        return replace(spec, recipe=replace(spec.recipe, exact=choice.exact))
+        return replace(spec, recipe=spec.recipe.choosing(choice.formats))
 
     def build(self, specs: Sequence[VariantSpec]) -> list[Variant]:
         """Every variant into the staging folder."""
@@ -290,7 +291,7 @@ class _Calibrated:
                         spec,
                         self.staging,
                         max_tokens=self.max_tokens,
-                        statistics=self.statistics,
+                        statistics=self.run.statistics if self.run else None,
                     )
                 )
         return built

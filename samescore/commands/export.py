@@ -90,8 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     size = sum(entry.size for entry in result.manifest.files.values())
     print(parity_table(result.certificate.variants))
     for variant in result.manifest.variants:
-        if "exact" in variant.recipe:
-            print(f"{variant.name:<15}in float: {variant.recipe['exact']}")
+        if "parts" in variant.recipe:
+            print(f"{variant.name:<15}finer: {variant.recipe['parts']}")
     if said := label_mass(dataclasses.asdict(result.certificate.reference)):
         print(f"label mass     {said}")
     print(f"{result.path}: {len(result.manifest.files) + 1} files, {size / 1e6:.1f} MB")
