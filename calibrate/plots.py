@@ -71,7 +71,12 @@ def histogram(slug: str, dp: FloatArray, limits: Mapping[str, float]) -> str:
             _mark(axes, at, name, _INK, 1.02 + 0.075 * (place % 2))
         for name, limit in limits.items():
             axes.axvline(limit, color=LIMIT, linewidth=1.4)
-            axes.annotate(f" {name}", (limit, 0.9 if name.startswith("p99") else 0.78), xycoords=("data", "axes fraction"), color=LIMIT)
+            axes.annotate(
+                f" {name}",
+                (limit, 0.9 if name.startswith("p99") else 0.78),
+                xycoords=("data", "axes fraction"),
+                color=LIMIT,
+            )
         _log(axes.xaxis)
         axes.set_xlim(*_span([dp], limits))
         axes.set_xlabel("|Δp| of a text")
@@ -79,14 +84,18 @@ def histogram(slug: str, dp: FloatArray, limits: Mapping[str, float]) -> str:
     return page[0]
 
 
-def exceedance(slug: str, curves: Mapping[str, FloatArray], limits: Mapping[float, float], size: tuple[float, float] = NARROW) -> str:
+def exceedance(
+    slug: str, curves: Mapping[str, FloatArray], limits: Mapping[float, float], size: tuple[float, float] = NARROW
+) -> str:
     """The quantile curves: |Δp| that a share of the texts exceeds. limits: tolerance by share (0.01 for p99)."""
     with _figure(slug, size) as (figure, page):
         axes = figure.subplots()
         for place, (name, dp) in enumerate(curves.items()):
             ordered = np.maximum(np.sort(dp)[::-1], FLOOR)
             share = np.arange(1, len(ordered) + 1) / len(ordered)
-            style = {"color": QUIET, "linestyle": "--"} if name == "bfloat16" else {"color": COLOURS[place % len(COLOURS)]}
+            style = (
+                {"color": QUIET, "linestyle": "--"} if name == "bfloat16" else {"color": COLOURS[place % len(COLOURS)]}
+            )
             axes.step(share, ordered, where="pre", linewidth=1.6, label=_ascii(name), **style)
         for share_allowed, limit in limits.items():
             axes.plot(share_allowed, limit, marker="v", color=LIMIT, markersize=7, linestyle="none")
@@ -238,7 +247,9 @@ def _inline(svg: str, slug: str) -> str:
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{slug}-{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{slug}-", svg)
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )
 
 
 def _span(samples: Sequence[FloatArray], limits: Mapping[str, float]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from samescore._progress import silent, step
 from samescore.calibrate.gate import TOLERANCES, Tolerance, Verdict, judge
 from samescore.calibrate.golden import GoldenSet, read_golden
-from samescore.calibrate.metrics import Drift, expected_calibration_error, measure
+from samescore.calibrate.metrics import Drift, brier_score, expected_calibration_error, measure
 from samescore.runtime.bundle import Bundle
 from samescore.runtime.classifier import Classifier
 from samescore.runtime.contract import text_of_record
@@ -128,7 +128,7 @@ def compare(
     second = _score(b, "B", variant_b, provider, golden, report)
     labels, activation = baseline.labels, baseline.activation
     logits_b = second.logits[:, order]
-    drift = measure(first.logits, logits_b, labels, activation)
+    drift = measure(first.logits, logits_b, labels, activation, truth=golden.labels())
     p, q = probabilities_of(first.logits, activation), probabilities_of(logits_b, activation)
     looser = max(first.side.precision, second.side.precision, key=lambda name: TOLERANCES[name].max_abs_dp)
     limit = asked or TOLERANCES[looser]
@@ -265,5 +265,6 @@ def _quality(p: FloatArray, labels: Sequence[str], truth: Sequence[str | None]) 
     rows, classes = np.array(known).T
     chosen = p[rows]
     right = chosen.argmax(axis=1) == classes
-    brier = float(((chosen - np.eye(len(labels))[classes]) ** 2).sum(axis=1).mean())
-    return Quality(len(rows), float(right.mean()), expected_calibration_error(chosen, right), brier)
+    return Quality(
+        len(rows), float(right.mean()), expected_calibration_error(chosen, right), brier_score(chosen, classes)
+    )

@@ -21,6 +21,8 @@ HEAVY = {
     "safetensors",
     "ml_dtypes",
     "peft",
+    "matplotlib",
+    "jinja2",
 }
 
 

@@ -65,12 +65,13 @@ def comparison_table(result: CompareResult) -> str:
     ]
     numbers = f"{'max |Δp|':>10}{'p99 |Δp|':>10}{'mean |Δp|':>11}{'KLD':>9}"
     lines.append(f"{'texts':>6}{'other ids':>11}{numbers}{'same label':>20}  tolerance {result.tolerance_name}")
+    kld = f"{d.kld:.1e}" if d.kld is not None else "–"
     agreement = f"{d.agreement:.2%} ≥ {d.agreement_low:.2%}"
     lines.append(
-        f"{d.texts:>6}{result.other_ids:>11}{d.max_abs_dp:>10.1e}{d.p99_abs_dp:>10.1e}{d.mean_abs_dp:>11.1e}{d.kld:>9.1e}"
-        f"{agreement:>20}  {'PASS' if result.passed else 'FAIL'}"
+        f"{d.texts:>6}{result.other_ids:>11}{d.max_abs_dp:>10.1e}{d.p99_abs_dp:>10.1e}{d.mean_abs_dp:>11.1e}{kld:>9}"
+        f"{agreement:>20}  {result.verdict.outcome}"
     )
-    lines.extend(f"  {failure}" for failure in result.verdict.failures)
+    lines.extend(f"  {failure}" for failure in (*result.verdict.failures, *result.verdict.notes))
     if result.identical:
         lines.append("identical: every probability is the same, bit for bit")
     for name, quality in (("A", result.quality_a), ("B", result.quality_b)):
