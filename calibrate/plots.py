@@ -28,6 +28,11 @@ VARIANT, LIMIT, QUIET = COLOURS[0], COLOURS[5], "#8c8c8c"
 _INK = "#010203"
 # Smaller differences are drawn here: float64 softmax of float32 logits says nothing below.
 FLOOR = 1e-9
+CURVE_POINTS = 400
+# More points make a picture large, and no eye tells them apart.
+SHARP_POINTS = 2000
+# Fewer texts than this have no median worth a line.
+BAND_TEXTS = 5
 WIDE, NARROW = (7.6, 3.1), (4.6, 3.3)
 _STYLE = {
     "svg.hashsalt": "samescore",
@@ -64,19 +69,16 @@ def histogram(slug: str, dp: FloatArray, limits: Mapping[str, float]) -> str:
         axes = figure.subplots()
         values = np.maximum(dp, FLOOR)
         axes.hist(values, bins=_bins([dp], limits), color=VARIANT, alpha=0.75)
-        marks = {"median": 0.5, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
-        for place, (name, q) in enumerate(marks.items()):
+        # Each name on a height of its own: quantiles of a sharp distribution lie close together.
+        for height, (name, q) in enumerate((("max", 1.0), ("p99.9", 0.999), ("p99", 0.99), ("median", 0.5))):
             at = float(np.quantile(values, q))
             axes.axvline(at, color=_INK, linewidth=0.9, linestyle=(0, (1, 1.5)))
-            _mark(axes, at, name, _INK, 1.02 + 0.075 * (place % 2))
+            place = (at, 1.02 + 0.075 * (height % 3))
+            axes.annotate(name, place, xycoords=("data", "axes fraction"), ha="center", fontsize=8)
         for name, limit in limits.items():
             axes.axvline(limit, color=LIMIT, linewidth=1.4)
-            axes.annotate(
-                f" {name}",
-                (limit, 0.9 if name.startswith("p99") else 0.78),
-                xycoords=("data", "axes fraction"),
-                color=LIMIT,
-            )
+            beside = {"xytext": (3, 0), "textcoords": "offset points", "rotation": 90, "va": "top", "fontsize": 8}
+            axes.annotate(name, (limit, 0.98), xycoords=("data", "axes fraction"), color=LIMIT, **beside)
         _log(axes.xaxis)
         axes.set_xlim(*_span([dp], limits))
         axes.set_xlabel("|Δp| of a text")
@@ -92,11 +94,12 @@ def exceedance(
         axes = figure.subplots()
         for place, (name, dp) in enumerate(curves.items()):
             ordered = np.maximum(np.sort(dp)[::-1], FLOOR)
-            share = np.arange(1, len(ordered) + 1) / len(ordered)
+            # Of many texts, as many points as a line this long can show.
+            shown = np.unique(np.geomspace(1, len(ordered), CURVE_POINTS).astype(int))
             style = (
                 {"color": QUIET, "linestyle": "--"} if name == "bfloat16" else {"color": COLOURS[place % len(COLOURS)]}
             )
-            axes.step(share, ordered, where="pre", linewidth=1.6, label=_ascii(name), **style)
+            axes.plot(shown / len(ordered), ordered[shown - 1], linewidth=1.6, label=_ascii(name), **style)
         for share_allowed, limit in limits.items():
             axes.plot(share_allowed, limit, marker="v", color=LIMIT, markersize=7, linestyle="none")
         if limits:
@@ -116,7 +119,7 @@ def probabilities(slug: str, p: FloatArray, q: FloatArray, near_tie: float, *, b
     near_tie: texts whose two best reference labels are at most this far apart are drawn with a ring. band: shade where
     that is around 1/2, for two labels whose probabilities add up to 1.
     """
-    with _figure(slug, WIDE) as (figure, page):
+    with _figure(slug, WIDE, points=p.size) as (figure, page):
         left, right = figure.subplots(1, 2)
         ranked = np.sort(p, axis=1)
         near = ranked[:, -1] - ranked[:, -2] <= near_tie if p.shape[1] > 1 else np.zeros(len(p), bool)
@@ -145,23 +148,19 @@ def against_length(slug: str, dp: FloatArray, lengths: npt.NDArray[np.int64]) ->
         values = np.maximum(dp, FLOOR)
         axes.scatter(lengths, values, s=9, color=VARIANT, alpha=0.5, linewidths=0, rasterized=True)
         octave = np.floor(np.log2(lengths)).astype(int)
-        for number, place in enumerate(np.unique(octave)):
-            inside = octave == place
-            middle = float(np.median(values[inside]))
-            axes.plot(
-                [2.0**place, 2.0 ** (place + 1)],
-                [middle, middle],
-                color=_INK,
-                linewidth=2,
-                solid_capstyle="butt",
-                label=None if number else "median of a length band",
-            )
+        bands = [(place, values[octave == place]) for place in np.unique(octave)]
+        medians = [(float(place), float(np.median(inside))) for place, inside in bands if len(inside) >= BAND_TEXTS]
+        for number, (place, middle) in enumerate(medians):
+            label = None if number else "median of a length band"
+            ends = [2.0**place, 2.0 ** (place + 1)]
+            axes.plot(ends, [middle, middle], color=_INK, linewidth=2, solid_capstyle="butt", label=label)
         _log(axes.yaxis)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.set_xlabel("length in tokens")
         axes.set_ylabel("|Δp|")
-        axes.legend(loc="best")
+        if medians:
+            axes.legend(loc="best")
     return page[0]
 
 
@@ -181,12 +180,16 @@ def reliability(slug: str, sides: Mapping[str, tuple[FloatArray, npt.NDArray[np.
             colour = (QUIET, *COLOURS)[place % (len(COLOURS) + 1)]
             x = [float(confidence[bin_of == b].mean()) for b in used]
             y = [float(right[bin_of == b].mean()) for b in used]
-            curve.plot(x, y, marker="osD^"[place % 4], markersize=5, color=colour, linewidth=1.2, label=name, alpha=0.9)
             number = np.bincount(bin_of, minlength=bins)
+            curve.plot(x, y, color=colour, linewidth=1.0, alpha=0.6)
+            # A bin of few texts says little, so its mark is small.
+            sizes = 12 + 90 * np.sqrt(number[used] / number.max())
+            curve.scatter(x, y, s=sizes, marker="osD^"[place % 4], color=colour, alpha=0.85, linewidths=0, label=name)
             counts.bar((edges[:-1] + 0.1 / bins) + (place + 0.5) * width, number, width=width, color=colour)
         curve.set_ylabel("share that is right")
         curve.set_ylim(-0.03, 1.03)
-        curve.legend(loc="upper left")
+        for handle in curve.legend(loc="upper left").legend_handles:
+            handle.set_sizes([25])
         counts.set_ylabel("texts")
         counts.set_xlabel("confidence: probability of the top label")
         counts.set_xlim(0, 1)
@@ -220,8 +223,8 @@ def import_matplotlib() -> Any:
 
 
 @contextmanager
-def _figure(slug: str, size: tuple[float, float]) -> Iterator[tuple[Any, list[str]]]:
-    """A figure to draw on, and a list that holds its SVG afterwards."""
+def _figure(slug: str, size: tuple[float, float], *, points: int = 0) -> Iterator[tuple[Any, list[str]]]:
+    """A figure to draw on, and a list that holds its SVG afterwards; points: how many its picture shows."""
     matplotlib = import_matplotlib()
     from matplotlib.figure import Figure
 
@@ -233,7 +236,7 @@ def _figure(slug: str, size: tuple[float, float]) -> Iterator[tuple[Any, list[st
         yield figure, page
         stream = io.BytesIO()
         silence = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(stream, format="svg", dpi=150, metadata=silence)
+        figure.savefig(stream, format="svg", dpi=150 if points <= SHARP_POINTS else 110, metadata=silence)
     page.append(_inline(stream.getvalue().decode(), slug))
 
 
@@ -241,6 +244,7 @@ def _inline(svg: str, slug: str) -> str:
     """The `<svg>` element alone: ids that are its own, the page's colour, no namespaces (HTML knows them)."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.DOTALL)  # the page has it
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = svg.replace("xlink:href=", "href=").replace(_INK, "currentColor")
@@ -266,18 +270,16 @@ def _bins(samples: Sequence[FloatArray], limits: Mapping[str, float], count: int
 
 def _log(axis: Any, *, share: bool = False) -> None:
     """A log axis with plain-text ticks: 10⁻³, or 0.1 % for shares."""
+    from matplotlib.ticker import NullLocator
+
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     axis.set_major_formatter((lambda x, _: f"{x:.4g}") if share else (lambda x, _: _power(x)))
-    axis.set_minor_formatter(lambda x, _: "")
+    axis.set_minor_locator(NullLocator())
 
 
 def _power(value: float) -> str:
     exponent = round(float(np.log10(value)))
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _mark(axes: Any, at: float, name: str, colour: str, height: float) -> None:
-    axes.annotate(name, (at, height), xycoords=("data", "axes fraction"), color=colour, ha="center", fontsize=8)
 
 
 def _ascii(name: str) -> str:

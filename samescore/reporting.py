@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,23 @@ import numpy.typing as npt
 from samescore.calibrate import plots
 from samescore.calibrate.certificate import CERTIFICATE_NAME
 from samescore.calibrate.gate import Tolerance
-from samescore.calibrate.golden import GoldenText, read_golden
+from samescore.calibrate.golden import read_golden
 from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, read_scores
+from samescore.report_tables import (
+    INVARIANCE,
+    Evidence,
+    contradictions,
+    decided,
+    differences,
+    margins,
+    marked,
+    number_rows,
+    sensitivity,
+    share,
+    slices,
+    small,
+    told,
+)
 from samescore.runtime import prediction
 from samescore.runtime.bundle import Bundle
 from samescore.runtime.errors import BundleError, MissingDependencyError
@@ -35,51 +48,7 @@ FloatArray = npt.NDArray[np.float64]
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 GOLDEN_NAME = "golden.jsonl"
 # How much is shown: parity.json and scores.npz hold the rest.
-WORST, FLIPS, TEXT_HEAD, TEXT_TAIL = 20, 50, 150, 90
-
-# What the numbers of a drift are called, and what they mean.
-NAMES = {
-    "texts": ("texts", "N, the number of golden texts"),
-    "max_abs_dp": ("max |Δp|", "the largest difference"),
-    "beyond_max_high": (
-        "rate beyond the max, at most",
-        "95 % upper bound of the share of such texts that differ by more",
-    ),
-    "p999_abs_dp": ("p99.9 |Δp|", "one text in 1000 differs more"),
-    "p99_abs_dp": ("p99 |Δp|", "one text in 100 differs more"),
-    "mean_abs_dp": ("mean |Δp|", "the average difference"),
-    "max_abs_dlogit": ("max |Δlogit|", "before the softmax or sigmoid"),
-    "kld": ("KLD, nats", "mean Kullback-Leibler divergence from the reference"),
-    "agreement": ("same label", "share of texts with the same most probable label"),
-    "not_finite": ("NaN or infinite", "texts with such logits"),
-    "noise_ratio": ("noise ratio", "mean |Δp| over that of the reference's own bfloat16 run"),
-    "labelled": ("texts with a label", "for accuracy and calibration"),
-    "labels.accuracy": ("accuracy", "share of texts whose known label is the most probable one"),
-    "labels.accuracy_shift": ("accuracy shift", "variant minus reference"),
-    "labels.ece": ("ECE", "expected calibration error"),
-    "labels.ece_shift": ("ECE shift", "variant minus reference"),
-    "labels.brier": ("Brier score", "mean squared error of the probabilities"),
-    "labels.brier_shift": ("Brier shift", "variant minus reference"),
-}
-SHARES = {"agreement", "beyond_max_high", "labels.accuracy"}
-INVARIANCE = {
-    "neighbours": "beside another text in one call",
-    "workers": "many texts at once, against one at a time",
-    "prefix": "with its beginning read before",
-}
-
-
-@dataclass(frozen=True)
-class _Evidence:
-    """A bundle's golden texts with the reference's probabilities p float64 [texts, labels], and their lengths in tokens."""
-
-    manifest: Manifest
-    texts: Sequence[GoldenText]
-    p: FloatArray
-    lengths: npt.NDArray[np.int64]
-    truth: npt.NDArray[np.int64]
-    groups: Mapping[str, Mapping[str, npt.NDArray[np.int64]]]
-    bfloat16: FloatArray | None
+WORST, FLIPS = 20, 50
 
 
 def render_report(path: str | os.PathLike[str]) -> str:
@@ -99,13 +68,16 @@ def render_report(path: str | os.PathLike[str]) -> str:
         certificate = json.loads(bundle.read(CERTIFICATE_NAME))
         scores = read_scores(bundle.read(SCORES_NAME))
         evidence = _evidence(manifest, bundle.read(GOLDEN_NAME), scores)
+    if missing := [v.name for v in manifest.variants if v.name not in scores or v.name not in certificate["variants"]]:
+        raise BundleError(
+            f"{os.fspath(path)}: {SCORES_NAME} or {CERTIFICATE_NAME} says nothing of {', '.join(missing)}"
+        )
     variants = [
         _variant(number, variant, certificate["variants"][variant.name], scores[variant.name], evidence)
         for number, variant in enumerate(manifest.variants)
-        if variant.name in certificate["variants"] and variant.name in scores
     ]
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, finalize=_finalize, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(small=small, share=share)
     page: str = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -122,23 +94,9 @@ def render_report(path: str | os.PathLike[str]) -> str:
     return page
 
 
-def small(value: float | None) -> str:
-    """A number as people read it: three digits, a power of ten below 0.001; – for none."""
-    if value is None:
-        return "–"
-    if value == 0 or not np.isfinite(value):
-        return f"{value:g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if abs(value) >= 1e-3:
-        return f"{value:.3g}"
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def share(value: float | None) -> str:
-    """A share in percent, with as many digits as tell it from 100 %."""
-    return "–" if value is None else f"{100 * value:.2f} %"
+def _finalize(value: Any) -> Any:
+    """What is printed: strings from the bundle without invisible characters (jinja escapes them after this)."""
+    return marked(value) if type(value) is str else value
 
 
 def _import_jinja() -> Any:
@@ -151,7 +109,7 @@ def _import_jinja() -> Any:
     return jinja2
 
 
-def _evidence(manifest: Manifest, raw: bytes, scores: Mapping[str, npt.NDArray[np.float32]]) -> _Evidence:
+def _evidence(manifest: Manifest, raw: bytes, scores: Mapping[str, npt.NDArray[np.float32]]) -> Evidence:
     """What the golden set and the scores say; BundleError where they do not belong together."""
     golden = read_golden(raw, GOLDEN_NAME)
     logits = golden.logits()
@@ -161,14 +119,14 @@ def _evidence(manifest: Manifest, raw: bytes, scores: Mapping[str, npt.NDArray[n
     bfloat16 = scores.get(BFLOAT16)
     p = probabilities_of(logits, manifest.activation)
     index = {label: number for number, label in enumerate(manifest.labels)}
-    return _Evidence(
+    return Evidence(
         manifest=manifest,
         texts=golden.texts,
         p=p,
         lengths=np.array([len(ids) for ids in golden.input_ids()]),
         truth=np.array([index.get(label or "", -1) for label in golden.labels()]),
         groups=_groups(raw),
-        bfloat16=None if bfloat16 is None else _differences(p, bfloat16, manifest)[0],
+        bfloat16=None if bfloat16 is None else differences(p, bfloat16, manifest)[0],
     )
 
 
@@ -184,19 +142,11 @@ def _groups(raw: bytes) -> dict[str, dict[str, npt.NDArray[np.int64]]]:
     return groups
 
 
-def _differences(p: FloatArray, logits: npt.NDArray[np.float32], manifest: Manifest) -> tuple[FloatArray, FloatArray]:
-    """|Δp| of each text as in the certificate (1 where logits are not finite), and the probabilities [texts, labels]."""
-    finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
-    q = probabilities_of(np.where(finite[:, None], logits, 0), manifest.activation)
-    q[~finite] = 0
-    return np.where(finite, np.abs(p - q).max(axis=1), 1.0), q
-
-
 def _variant(
-    number: int, variant: Variant, parity: Mapping[str, Any], logits: npt.NDArray[np.float32], evidence: _Evidence
+    number: int, variant: Variant, parity: Mapping[str, Any], logits: npt.NDArray[np.float32], evidence: Evidence
 ) -> dict[str, Any]:
     """Everything that the page says of one variant."""
-    dp, q = _differences(evidence.p, logits, evidence.manifest)
+    dp, q = differences(evidence.p, logits, evidence.manifest)
     drift, tolerance = parity["drift"], parse_as(Tolerance, parity["tolerance"], f"{CERTIFICATE_NAME}: tolerance")
     flipped = np.flatnonzero(evidence.p.argmax(axis=1) != q.argmax(axis=1))
     manifest = evidence.manifest
@@ -209,75 +159,17 @@ def _variant(
         "verdict": parity["verdict"],
         "drift": drift,
         "tolerance": tolerance,
-        "decided": _decided(drift, tolerance),
-        "rows": list(_rows(drift, parity["tolerance"])),
+        "decided": decided(drift, tolerance),
+        "rows": list(number_rows(drift, parity["tolerance"])),
         "figures": _figures(f"v{number}", variant, dp, q, logits, tolerance, evidence),
-        "sensitivity": _sensitivity(variant, parity.get("sensitivity")),
+        "sensitivity": sensitivity(variant, parity.get("sensitivity")),
         "invariance": [(INVARIANCE.get(name, name), value) for name, value in parity["invariance"].items()],
-        "slices": list(_slices(dp, evidence.p, q, evidence.groups)),
-        "flips": [_told(int(i), dp, q, evidence) for i in flipped[np.argsort(-dp[flipped], kind="stable")][:FLIPS]],
+        "slices": list(slices(dp, evidence.p, q, evidence.groups)),
+        "flips": [told(int(i), dp, q, evidence) for i in flipped[np.argsort(-dp[flipped], kind="stable")][:FLIPS]],
         "flip_count": len(flipped),
-        "worst": [_told(int(i), dp, q, evidence) for i in np.argsort(-dp, kind="stable")[:WORST]],
-        "differs": _contradictions(dp, drift),
+        "worst": [told(int(i), dp, q, evidence) for i in np.argsort(-dp, kind="stable")[:WORST]],
+        "differs": contradictions(dp, drift),
     }
-
-
-def _decided(drift: Mapping[str, Any], tolerance: Tolerance) -> list[dict[str, Any]]:
-    """The numbers that the gate looks at, each with what is allowed and whether it is inside."""
-    rows = []
-    for name in ("max_abs_dp", "p99_abs_dp", "mean_abs_dp"):
-        allowed = getattr(tolerance, name)
-        if allowed is not None:
-            rows.append((NAMES[name][0], drift[name], "≤", allowed, drift[name] <= allowed, small))
-    rows.append(
-        (
-            NAMES["agreement"][0],
-            drift["agreement"],
-            "≥",
-            tolerance.agreement,
-            drift["agreement"] >= tolerance.agreement,
-            share,
-        )
-    )
-    if tolerance.flip_margin is not None:
-        margin = max((flip["margin"] for flip in drift["flips"]), default=0.0)
-        rows.append(
-            ("largest margin of a flip", margin, "≤", tolerance.flip_margin, margin <= tolerance.flip_margin, small)
-        )
-    keys = ("name", "measured", "sign", "allowed", "inside")
-    return [
-        dict(zip(keys, (name, form(value), sign, form(allowed), inside), strict=True))
-        for name, value, sign, allowed, inside, form in rows
-    ]
-
-
-def _rows(drift: Mapping[str, Any], tolerance: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every number of a drift with its interval and tolerance; numbers that this version does not know by their own names."""
-    flat = {key: value for key, value in drift.items() if not isinstance(value, Mapping | list)}
-    for outer, inner in drift.items():
-        if isinstance(inner, Mapping):
-            flat.update({f"{outer}.{key}": value for key, value in inner.items()})
-    for key, value in flat.items():
-        base, _, end = key.rpartition("_")
-        if end in ("low", "high") and base in flat:
-            continue
-        name, meaning = NAMES.get(key, (key, ""))
-        low, high = flat.get(f"{key}_low"), flat.get(f"{key}_high")
-        form: Callable[[float | None], str] = share if key in SHARES else small
-        yield {
-            "name": name,
-            "meaning": meaning,
-            "value": value,
-            "text": form(value),
-            "has_interval": f"{key}_low" in flat,
-            "low": low,
-            "high": high,
-            "low_text": form(low),
-            "high_text": "not bounded by so few texts" if high is None else form(high),
-            "allowed": None
-            if tolerance.get(key) is None
-            else ("≥ " if key == "agreement" else "≤ ") + form(tolerance[key]),
-        }
 
 
 def _figures(
@@ -287,51 +179,19 @@ def _figures(
     q: FloatArray,
     logits: npt.NDArray[np.float32],
     tolerance: Tolerance,
-    evidence: _Evidence,
-) -> list[dict[str, str]]:
-    """The figures of one variant: title, SVG, words for those who cannot see it, caption, and whether it is wide."""
-    p, count = evidence.p, len(dp)
-    limits = {"p99 allowed": tolerance.p99_abs_dp, "max allowed": tolerance.max_abs_dp}
-    numbers = ", ".join(
-        f"{name} {small(float(np.quantile(dp, at)))}" for name, at in (("median", 0.5), ("p99", 0.99), ("max", 1.0))
-    )
-    near = _margins(p) <= tolerance.near_tie
-    same = int((dp <= plots.FLOOR).sum())
-    binary = p.shape[1] == 2 and evidence.manifest.activation == "softmax"
+    evidence: Evidence,
+) -> list[dict[str, Any]]:
+    """The figures of one variant."""
     figures = [
-        _figure(
-            "How far are the texts off?",
-            plots.histogram(f"{slug}-h", dp, limits),
-            f"Histogram of |Δp| of {count} texts: {numbers}; allowed p99 {small(tolerance.p99_abs_dp)}, "
-            f"max {small(tolerance.max_abs_dp)}.",
-            "Left is better. Dotted: quantiles; orange: the tolerance."
-            + (f" {same} texts at the left edge do not differ by 1e-9." if same else ""),
-            wide=True,
-        ),
-        _figure(
-            "Variant against reference",
-            plots.probabilities(f"{slug}-p", p, q, tolerance.near_tie, band=binary),
-            f"Scatter of the variant's probabilities over the reference's for {count} texts and {p.shape[1]} labels, and "
-            f"of their difference; {int(near.sum())} texts are near ties.",
-            f"On the line: equal. Rings: {int(near.sum())} near ties, the two best labels within {small(tolerance.near_tie)}"
-            + ("; the grey band is where they lie." if binary else "."),
-            wide=True,
-            legend="labels",
-        ),
-        _figure(
-            "How many differ by more?",
-            plots.exceedance(
-                f"{slug}-e", {variant.name: dp}, {0.01: tolerance.p99_abs_dp, 1 / count: tolerance.max_abs_dp}
-            ),
-            f"Quantile curve of |Δp|: {numbers}.",
-            "The curve must stay below the triangles: p99 at 0.01, max at the right end.",
-        ),
+        _histogram(slug, dp, tolerance),
+        _probabilities(slug, q, tolerance, evidence),
+        _exceedance(slug, variant, dp, tolerance),
         _figure(
             "Do long texts differ more?",
             plots.against_length(f"{slug}-l", dp, evidence.lengths),
-            f"Scatter of |Δp| over the length of {count} texts, {evidence.lengths.min()} to {evidence.lengths.max()} tokens, "
+            f"Scatter of |Δp| over the length of {len(dp)} texts, {evidence.lengths.min()} to {evidence.lengths.max()} tokens, "
             "with the median of each length band.",
-            "Each bar is the median of the texts between a length and its double.",
+            f"Each bar: the median of the texts between a length and its double, where there are at least {plots.BAND_TEXTS}.",
         ),
     ]
     if evidence.bfloat16 is not None:
@@ -341,7 +201,52 @@ def _figures(
     return figures
 
 
-def _noise(slug: str, dp: FloatArray, bfloat16: FloatArray) -> dict[str, str]:
+def _histogram(slug: str, dp: FloatArray, tolerance: Tolerance) -> dict[str, Any]:
+    limits = {"p99 allowed": tolerance.p99_abs_dp, "max allowed": tolerance.max_abs_dp}
+    same = int((dp <= plots.FLOOR).sum())
+    return _figure(
+        "How far are the texts off?",
+        plots.histogram(f"{slug}-h", dp, limits),
+        f"Histogram of |Δp| of {len(dp)} texts: {_quantiles(dp)}; allowed p99 {tolerance.p99_abs_dp:g}, "
+        f"max {tolerance.max_abs_dp:g}.",
+        "Left is better. Dotted: quantiles; orange: the tolerance."
+        + (f" {same} texts at the left edge do not differ by 1e-9." if same else ""),
+        wide=True,
+    )
+
+
+def _probabilities(slug: str, q: FloatArray, tolerance: Tolerance, evidence: Evidence) -> dict[str, Any]:
+    p = evidence.p
+    near = int((margins(p) <= tolerance.near_tie).sum())
+    binary = p.shape[1] == 2 and evidence.manifest.activation == "softmax"
+    return _figure(
+        "Variant against reference",
+        plots.probabilities(f"{slug}-p", p, q, tolerance.near_tie, band=binary),
+        f"Scatter of the variant's probabilities over the reference's for {len(p)} texts and {p.shape[1]} labels, and of "
+        f"their difference; {near} texts are near ties.",
+        f"On the line: equal. Near ties, whose two best labels are within {tolerance.near_tie:g}, have a ring: {near} texts"
+        + ("; the grey band is where they lie." if binary else "."),
+        wide=True,
+        legend=True,
+    )
+
+
+def _exceedance(slug: str, variant: Variant, dp: FloatArray, tolerance: Tolerance) -> dict[str, Any]:
+    limits = {0.01: tolerance.p99_abs_dp, 1 / len(dp): tolerance.max_abs_dp}
+    return _figure(
+        "How many differ by more?",
+        plots.exceedance(f"{slug}-e", {variant.name: dp}, limits),
+        f"Quantile curve of |Δp|: {_quantiles(dp)}.",
+        "The curve must stay below the triangles: p99 at 0.01, max at the right end.",
+    )
+
+
+def _quantiles(dp: FloatArray) -> str:
+    at = {"median": 0.5, "p99": 0.99, "max": 1.0}
+    return ", ".join(f"{name} {small(float(np.quantile(dp, q)))}" for name, q in at.items())
+
+
+def _noise(slug: str, dp: FloatArray, bfloat16: FloatArray) -> dict[str, Any]:
     return _figure(
         "Against the model's own noise",
         plots.noise(f"{slug}-n", dp, bfloat16),
@@ -357,8 +262,8 @@ def _reliability(
     q: FloatArray,
     logits: npt.NDArray[np.float32],
     known: npt.NDArray[np.bool_],
-    evidence: _Evidence,
-) -> dict[str, str]:
+    evidence: Evidence,
+) -> dict[str, Any]:
     """Confidence against accuracy on the texts whose label is known: reference, variant, and recalibrated where it is."""
     sides = {"reference": evidence.p, "variant": q}
     calibrated, recalibration = getattr(prediction, "calibrated", None), getattr(variant, "recalibration", None)
@@ -376,14 +281,15 @@ def _reliability(
 
 
 def _figure(
-    title: str, svg: str, alternative: str, caption: str, *, wide: bool = False, legend: str = ""
+    title: str, svg: str, alternative: str, caption: str, *, wide: bool = False, legend: bool = False
 ) -> dict[str, Any]:
+    """What the template needs of a figure; alternative: words for those who cannot see it; legend: of the labels."""
     from markupsafe import Markup
 
     return {"title": title, "svg": Markup(svg), "alt": alternative, "caption": caption, "wide": wide, "legend": legend}
 
 
-def _overview(evidence: _Evidence, variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _overview(evidence: Evidence, variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All variants' quantile curves in one figure, and the reference's own bfloat16 run."""
     curves = {entry["variant"].name: entry["dp"] for entry in variants}
     if evidence.bfloat16 is not None:
@@ -397,101 +303,3 @@ def _overview(evidence: _Evidence, variants: Sequence[Mapping[str, Any]]) -> dic
         + (" Dashed: the PyTorch model itself in bfloat16." if evidence.bfloat16 is not None else ""),
         wide=True,
     )
-
-
-def _sensitivity(variant: Variant, effects: Mapping[str, float] | None) -> list[dict[str, Any]]:
-    """What quantizing each part alone costs (mean |Δp|), the largest first, and which parts stayed in float."""
-    if not effects:
-        return []
-    exact = {part.strip() for part in variant.recipe.get("exact", "").split(",")}
-    largest = max(effects.values()) or 1.0
-    ranked = sorted(effects.items(), key=lambda item: -item[1])
-    return [
-        {"part": part, "effect": value, "percent": f"{100 * value / largest:.1f}", "exact": part in exact}
-        for part, value in ranked
-    ]
-
-
-def _slices(
-    dp: FloatArray, p: FloatArray, q: FloatArray, groups: Mapping[str, Mapping[str, npt.NDArray[np.int64]]]
-) -> Iterator[dict[str, Any]]:
-    same = p.argmax(axis=1) == q.argmax(axis=1)
-    for kind, members in groups.items():
-        for name, rows in members.items():
-            yield {
-                "kind": kind,
-                "name": visible(name),
-                "texts": len(rows),
-                "mean": float(dp[rows].mean()),
-                "p99": float(np.quantile(dp[rows], 0.99)),
-                "max": float(dp[rows].max()),
-                "agreement": float(same[rows].mean()),
-            }
-
-
-def _told(number: int, dp: FloatArray, q: FloatArray, evidence: _Evidence) -> dict[str, Any]:
-    """One text for a table: what it says, and what both made of it."""
-    p, labels = evidence.p[number], evidence.manifest.labels
-    text = evidence.texts[number]
-    return {
-        "number": number,
-        "dp": float(dp[number]),
-        "tokens": int(evidence.lengths[number]),
-        "reference": labels[int(p.argmax())],
-        "reference_p": float(p.max()),
-        "reference_margin": float(_margins(p[None])[0]),
-        "variant": labels[int(q[number].argmax())],
-        "variant_p": float(q[number].max()),
-        "variant_margin": float(_margins(q[number][None])[0]),
-        "label": text.label,
-        "text": shortened(_said(text.record)),
-    }
-
-
-def _said(record: Mapping[str, Any]) -> str:
-    """A golden text's words: its text, its turns, or its prompt and response."""
-    if "text" in record:
-        return str(record["text"])
-    if "messages" in record:
-        return "  ".join(f"{message['role']}: {message['content']}" for message in record["messages"])
-    return f"{record['prompt']}  →  {record['response']}"
-
-
-def shortened(text: str) -> str:
-    """Beginning and end of a text, with what cannot be seen made visible."""
-    if len(text) <= TEXT_HEAD + TEXT_TAIL + 20:
-        return visible(text)
-    return f"{visible(text[:TEXT_HEAD])} […] {visible(text[-TEXT_TAIL:])} ({len(text):,} characters)"
-
-
-def visible(text: str) -> str:
-    """Controls, bidi marks, lone surrogates and other characters without a shape as ⟨U+202E⟩; white space as one space.
-
-    The joiners U+200C and U+200D stay: scripts and emoji need them.
-    """
-    shown = [
-        f"⟨U+{ord(c):04X}⟩"
-        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") and c not in "\t\n\r\u200c\u200d"
-        else c
-        for c in text
-    ]
-    return " ".join("".join(shown).split())
-
-
-def _margins(p: FloatArray) -> FloatArray:
-    """The top probability of each row [labels] minus its second; 1 for a single label."""
-    if p.shape[1] == 1:
-        return np.ones(len(p))
-    ranked = np.sort(p, axis=1)
-    result: FloatArray = ranked[:, -1] - ranked[:, -2]
-    return result
-
-
-def _contradictions(dp: FloatArray, drift: Mapping[str, Any]) -> list[str]:
-    """Numbers of the certificate that its own scores do not give."""
-    again = {"texts": len(dp), "max_abs_dp": float(dp.max()), "mean_abs_dp": float(dp.mean())}
-    return [
-        f"{NAMES[name][0]} is {small(value)} by {SCORES_NAME}, {small(drift[name])} by {CERTIFICATE_NAME}"
-        for name, value in again.items()
-        if not np.isclose(value, drift[name], rtol=1e-6, atol=1e-12)
-    ]
