@@ -21,8 +21,8 @@ from samescore.runtime.errors import MissingDependencyError
 
 FloatArray = npt.NDArray[np.float64]
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers and on light and dark grounds.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
+# Okabe and Ito's colours, which stay apart for colour-blind readers; the blue lighter, to be seen on a dark page too.
+COLOURS = ("#1b80bd", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
 VARIANT, LIMIT, QUIET = COLOURS[0], COLOURS[5], "#8c8c8c"
 # Stands for the page's own colour until the SVG is written.
 _INK = "#010203"
@@ -76,9 +76,9 @@ def histogram(slug: str, dp: FloatArray, limits: Mapping[str, float]) -> str:
             place = (at, 1.02 + 0.075 * (height % 3))
             axes.annotate(name, place, xycoords=("data", "axes fraction"), ha="center", fontsize=8)
         for name, limit in limits.items():
-            axes.axvline(limit, color=LIMIT, linewidth=1.4)
-            beside = {"xytext": (3, 0), "textcoords": "offset points", "rotation": 90, "va": "top", "fontsize": 8}
-            axes.annotate(name, (limit, 0.98), xycoords=("data", "axes fraction"), color=LIMIT, **beside)
+            style = "--" if name.startswith("p99") else "-"
+            axes.axvline(limit, color=LIMIT, linewidth=1.4, linestyle=style, label=f"{name}: {limit:g}")
+        axes.legend(loc="upper left")
         _log(axes.xaxis)
         axes.set_xlim(*_span([dp], limits))
         axes.set_xlabel("|Δp| of a text")

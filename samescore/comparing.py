@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from samescore._progress import silent, step
 from samescore.calibrate.gate import TOLERANCES, Tolerance, Verdict, judge
-from samescore.calibrate.golden import GoldenSet, read_golden
+from samescore.calibrate.golden import GOLDEN_NAME, GoldenSet, read_golden
 from samescore.calibrate.metrics import Drift, brier_score, expected_calibration_error, measure
 from samescore.runtime.bundle import Bundle
 from samescore.runtime.classifier import Classifier
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float64]
 
-GOLDEN_NAME = "golden.jsonl"
 # A tolerance's numbers by their names on the command line.
 TOLERANCE_NAMES = {"max": "max_abs_dp", "p99": "p99_abs_dp", "mean": "mean_abs_dp", "agreement": "agreement"}
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from samescore.calibrate import plots
 from samescore.calibrate.certificate import CERTIFICATE_NAME
 from samescore.calibrate.gate import Tolerance
-from samescore.calibrate.golden import read_golden
+from samescore.calibrate.golden import GOLDEN_NAME, read_golden
 from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, read_scores
 from samescore.report_tables import (
     INVARIANCE,
@@ -46,7 +46,6 @@ from samescore.runtime.prediction import probabilities_of
 FloatArray = npt.NDArray[np.float64]
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-GOLDEN_NAME = "golden.jsonl"
 # How much is shown: parity.json and scores.npz hold the rest.
 WORST, FLIPS = 20, 50
 

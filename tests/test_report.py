@@ -219,7 +219,7 @@ def test_hostile_texts_and_labels_are_shown_and_do_nothing(tmp_path):
 
 
 def test_the_same_bundle_gives_the_same_bytes(tmp_path):
-    bundle = make_bundle(tmp_path / "a")
+    bundle = make_bundle(tmp_path / "a", drifts={"cpu-int8": 1e-2})
     shutil.copytree(bundle, tmp_path / "b")
     first, second = (
         subprocess.run(
@@ -297,7 +297,7 @@ def run(*arguments, before=""):
 
 
 def test_the_command(tmp_path):
-    bundle, target = make_bundle(tmp_path / "bundle"), tmp_path / "report.html"
+    bundle, target = make_bundle(tmp_path / "bundle", drifts={"cpu-int8": 1e-2}), tmp_path / "report.html"
     done = run(
         bundle, "-o", target, before="sys.modules.update(torch=None, transformers=None, onnx_ir=None, safetensors=None)"
     )
