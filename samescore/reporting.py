@@ -265,6 +265,7 @@ def _reliability(
 ) -> dict[str, Any]:
     """Confidence against accuracy on the texts whose label is known: reference, variant, and recalibrated where it is."""
     sides = {"reference": evidence.p, "variant": q}
+    # Of a variant with a recalibration, `calibrated` gives the logits that it makes of these.
     calibrated, recalibration = getattr(prediction, "calibrated", None), getattr(variant, "recalibration", None)
     if calibrated is not None and recalibration is not None:
         sides["recalibrated"] = probabilities_of(calibrated(logits, recalibration), evidence.manifest.activation)

@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from samescore import reporting
 from samescore.calibrate.certificate import Certificate, Invariance, VariantParity
 from samescore.calibrate.gate import TOLERANCES, judge
 from samescore.calibrate.golden import GoldenSet, GoldenText, ReferenceInfo, write_golden
@@ -18,6 +20,7 @@ from samescore.calibrate.metrics import measure
 from samescore.calibrate.scores import write_scores
 from samescore.report_tables import share, shortened, small, visible
 from samescore.reporting import render_report
+from samescore.runtime import prediction
 from samescore.runtime.contract import TextContract
 from samescore.runtime.errors import BundleError
 from samescore.runtime.manifest import FileEntry, Manifest, Source, Variant
@@ -198,6 +201,33 @@ def test_verdicts(tmp_path):
     table = section[section.index("Labels that changed") : section.index("The texts that differ most")]
     assert {int(n) for n in re.findall(r"<tr><td>(\d+)</td>", table)} == {flip["text"] for flip in flips}
     assert "does not apply: the graph keeps no state" in section and "0, equal bit for bit" in section
+
+
+def test_near_ties_alone_are_ambiguous(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", drifts={"cpu-int8": 1e-2})
+    document = json.loads((bundle / "parity.json").read_text())
+    verdict = {"outcome": "AMBIGUOUS", "failures": [], "notes": ["the others are near ties"]}
+    document["variants"]["cpu-int8"]["verdict"] = verdict
+    replace_file(bundle, "parity.json", json.dumps(document).encode())
+    text = render_report(bundle)
+    assert "banner of-AMBIGUOUS" in text and "<li>the others are near ties</li>" in text
+
+
+def test_a_recalibrated_variant_has_its_own_curve(monkeypatch):
+    """With temperature 2 the same labels are right, at less confidence."""
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 3, (50, 2)).astype(np.float32)
+    p = prediction.probabilities_of(logits, "softmax")
+    monkeypatch.setattr(prediction, "calibrated", lambda x, recalibration: x / recalibration, raising=False)
+    known = np.ones(50, bool)
+    evidence = SimpleNamespace(
+        p=p, truth=random.integers(0, 2, 50), manifest=SimpleNamespace(activation="softmax"), lengths=None
+    )
+    plain = reporting._reliability("v0", SimpleNamespace(recalibration=None), p, logits, known, evidence)
+    both = reporting._reliability("v0", SimpleNamespace(recalibration=2.0), p, logits, known, evidence)
+    assert "recalibrated" not in plain["svg"] and ">recalibrated</text>" in both["svg"]
+    accuracy = re.findall(r"(?:reference|variant|recalibrated) ([\d.]+) %", both["alt"])
+    assert len(accuracy) == 3 and len(set(accuracy)) == 1
 
 
 def test_hostile_texts_and_labels_are_shown_and_do_nothing(tmp_path):
