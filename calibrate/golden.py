@@ -24,6 +24,7 @@ from samescore.runtime.errors import BundleError, InputError
 from samescore.runtime.manifest import parse_as
 from samescore.runtime.tokenizer import TextEncoder
 
+GOLDEN_NAME = "golden.jsonl"
 FORMAT = 1
 TEXT_FIELDS = ("text", "messages", "prompt", "response")
 

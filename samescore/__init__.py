@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from samescore.comparing import CompareResult, compare
     from samescore.exporting import ExportResult, export_bundle
     from samescore.runtime import Classifier, Prediction, RewardFunction, SamescoreError, load
     from samescore.verifying import VerifyResult, verify
@@ -22,11 +23,13 @@ __version__ = "0.1.0"
 # Name → module: imported on first use, so that scoring never loads what only export needs.
 _HOMES = {
     "Classifier": "samescore.runtime",
+    "CompareResult": "samescore.comparing",
     "ExportResult": "samescore.exporting",
     "Prediction": "samescore.runtime",
     "RewardFunction": "samescore.runtime",
     "SamescoreError": "samescore.runtime",
     "VerifyResult": "samescore.verifying",
+    "compare": "samescore.comparing",
     "export_bundle": "samescore.exporting",
     "load": "samescore.runtime",
     "verify": "samescore.verifying",
@@ -34,12 +37,14 @@ _HOMES = {
 
 __all__ = [
     "Classifier",
+    "CompareResult",
     "ExportResult",
     "Prediction",
     "RewardFunction",
     "SamescoreError",
     "VerifyResult",
     "__version__",
+    "compare",
     "export_bundle",
     "load",
     "verify",
