@@ -87,7 +87,7 @@ def verify(
                     threads=threads,
                     prefix=encoder.prefix_ids,
                     progress=tick,
-                )
+                ).parity
     assert golden.reference is not None
     return VerifyResult(checked, Certificate(golden.reference, environment(threads), parity), note)
 

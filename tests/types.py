@@ -22,6 +22,7 @@ def main() -> int:
         package.mkdir()
         for file in [*(ROOT / "samescore").glob("*.py"), ROOT / "samescore" / "py.typed"]:
             (package / file.name).symlink_to(file)
+        (package / "commands").symlink_to(ROOT / "samescore" / "commands")
         for room in ROOMS:
             (package / room).symlink_to(ROOT / room)
         command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", "samescore"]

@@ -1,0 +1,1 @@
+"""One module per command: `add` describes its arguments, `run` does it and returns the exit code."""

@@ -1,0 +1,100 @@
+"""`samescore export`: a checkpoint into a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+from samescore.commands.output import EXIT_OK, label_mass
+
+
+def add(commands: Any) -> None:
+    """Describe the arguments."""
+    command = commands.add_parser("export", help="turn a checkpoint into a bundle whose variants passed their gate")
+    command.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a profile's name, a checkpoint folder, or a hub id (owner/name); the checkpoint may be a LoRA adapter",
+    )
+    command.add_argument("-o", "--output", metavar="BUNDLE", required=True, help="the bundle folder to write")
+    command.add_argument(
+        "--profile", metavar="P", help="whose text contract and texts to use (see `samescore profiles`)"
+    )
+    command.add_argument(
+        "--variant",
+        metavar="V",
+        action="append",
+        default=[],
+        help="cpu-int8, cpu-fp32, cpu-int4, cuda-fp16, cuda-int8, migraphx-fp16 or migraphx-int8; repeat for several (default: "
+        "cpu-int8; cpu-fp32 for architectures without a hand-built graph)",
+    )
+    command.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub source")
+    command.add_argument(
+        "--adapter-subfolder", metavar="DIR", help="where below SOURCE the adapter lies, as in checkpoint-500"
+    )
+    command.add_argument(
+        "--base", metavar="B", help="folder or hub id of the adapter's base (default: the one that the adapter names)"
+    )
+    command.add_argument(
+        "--label-tokens",
+        metavar="T,T",
+        help="SOURCE is a language model: score what it gives to these tokens as the next one, as in 0,1,2,3,4 or Yes,No "
+        "(one token each; white space counts)",
+    )
+    command.add_argument("--golden", metavar="FILE", help="JSONL texts for the gate, with or without reference logits")
+    command.add_argument(
+        "--calibration", metavar="FILE", help="JSONL texts for activation ranges; none of the golden ones"
+    )
+    command.add_argument(
+        "--golden-limit", metavar="N", type=int, help="use only the first N golden texts (large models, slow machines)"
+    )
+    command.add_argument(
+        "--max-tokens", metavar="N", type=int, help="cut longer texts here (default: the profile's limit)"
+    )
+    command.add_argument(
+        "--budget",
+        metavar="B",
+        help="keep parts of the network in float where a quantized variant needs it to stay inside `gate`, or inside numbers "
+        "as in p99=5e-3,mean=1e-3",
+    )
+    command.add_argument(
+        "--allow-drift", action="store_true", help="write the bundle even if a gate fails, marked as failed"
+    )
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    from samescore.calibrate.certificate import parity_table
+    from samescore.exporting import export_bundle
+
+    result = export_bundle(
+        arguments.source,
+        arguments.output,
+        profile=arguments.profile,
+        variants=arguments.variant,
+        revision=arguments.revision,
+        adapter_subfolder=arguments.adapter_subfolder,
+        base=arguments.base,
+        label_tokens=arguments.label_tokens.split(",") if arguments.label_tokens is not None else (),
+        golden=arguments.golden,
+        calibration=arguments.calibration,
+        max_tokens=arguments.max_tokens,
+        golden_limit=arguments.golden_limit,
+        budget=arguments.budget,
+        allow_drift=arguments.allow_drift,
+        progress=True,
+    )
+    size = sum(entry.size for entry in result.manifest.files.values())
+    print(parity_table(result.certificate.variants))
+    for variant in result.manifest.variants:
+        if "exact" in variant.recipe:
+            print(f"{variant.name:<15}in float: {variant.recipe['exact']}")
+    if said := label_mass(dataclasses.asdict(result.certificate.reference)):
+        print(f"label mass     {said}")
+    print(f"{result.path}: {len(result.manifest.files) + 1} files, {size / 1e6:.1f} MB")
+    if result.warning:
+        print(f"samescore: warning: {result.warning}", file=sys.stderr)
+    return EXIT_OK
