@@ -147,7 +147,9 @@ def unpacked(raw: bytes, where: str) -> bytes:
         with gzip.GzipFile(fileobj=io.BytesIO(raw)) as packed:
             plain = packed.read(MAX_BYTES + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{where} is cut off or not a whole gzip file ({error}): write or download it again") from error
+        raise InputError(
+            f"{where} is cut off or not a whole gzip file ({error}): write or download it again"
+        ) from error
     if len(plain) > MAX_BYTES:
         raise InputError(
             f"{where} unfolds to more than {MAX_BYTES // 10**6} MB, the most that is read from gzip: split it, or hand it in "
@@ -197,6 +199,12 @@ def encode_golden(golden: GoldenSet, encoder: TextEncoder) -> GoldenSet:
 def text_digests(golden: GoldenSet, contract: TextContract) -> set[str]:
     """SHA-256 of each text as the contract renders it, to keep calibration and golden texts apart."""
     return {hashlib.sha256(text_of_record(text.record, contract).encode()).hexdigest() for text in golden.texts}
+
+
+def without_texts(golden: GoldenSet, digests: set[str], contract: TextContract) -> GoldenSet:
+    """The set without the texts of these digests."""
+    kept = (text for text in golden.texts if not text_digests(GoldenSet(None, (text,)), contract) & digests)
+    return replace(golden, texts=tuple(kept))
 
 
 def with_logits(golden: GoldenSet, logits: npt.NDArray[np.float32], reference: ReferenceInfo) -> GoldenSet:

@@ -50,4 +50,4 @@ def adversarial(bases: Sequence[str], seed: str, every: int = 1) -> list[str]:
         cut = (0, len(base) // 2, len(base))[chance.randrange(3)]
         glue = chance.choice(("", " "))
         found.append(f"{base[:cut]}{glue}{oddity}{glue}{base[cut:]}")
-    return [*found, *ALONE][:: every]
+    return [*found, *ALONE][::every]

@@ -102,7 +102,15 @@ def speeches(assets: Path) -> dict[str, Speeches]:
 def pairs(assets: Path) -> dict[str, list[Pair]]:
     """Clean question and answer pairs of chatterbot-corpus by set; no answer twice, none that was trained on."""
     seen = trained_turns(assets)
-    golden_turns = {turn for name in ("golden", "heldout") for record in split(name) for turn in turns(record["text"])}
+    used = {
+        # The test models' own parity texts are no calibration texts either.
+        "golden": {
+            turn
+            for record in (*split("golden"), *split("heldout"), *assets_texts.parity_texts(assets))
+            for turn in turns(record["text"])
+        },
+        "calibration": {turn for record in split("calibration") for turn in turns(record["text"])},
+    }
     found: dict[str, list[Pair]] = {"golden": [], "calibration": []}
     for folder in sorted((assets / "chatterbot_corpus").rglob("data/*")):
         language = assets_texts.LANGUAGES.get(folder.name)
@@ -110,15 +118,18 @@ def pairs(assets: Path) -> dict[str, list[Pair]]:
             if path.stem in LEFT_OUT:
                 continue
             for talk in yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations", []):
-                pair = Pair(str(language), path.stem, *([str(t).strip() for t in talk if t][:2] + ["", ""])[:2])
+                question, answer = [*(str(turn).strip() for turn in talk if turn), "", ""][:2]
+                pair = Pair(str(language), path.stem, question, answer)
                 said = f"{pair.question} {pair.answer}"
                 if not (pair.question and pair.answer) or ROLE.search(said) or build_texts.UNWANTED.search(said):
                     continue
                 if normal(pair.answer) in seen:
                     continue
                 seen.add(normal(pair.answer))
-                held = {normal(pair.question), normal(pair.answer)} & golden_turns
-                found["calibration" if calibrates(pair.question) and not held else "golden"].append(pair)
+                owners = [name for name, said in used.items() if {normal(pair.question), normal(pair.answer)} & said]
+                if len(owners) < 2:
+                    dealt = "calibration" if calibrates(pair.question) else "golden"
+                    found[owners[0] if owners else dealt].append(pair)
     for name, chosen in found.items():
         random.Random(f"pairs {name}").shuffle(chosen)
     return found
@@ -154,19 +165,20 @@ def own_conversations(name: str) -> list[Record]:
     return split("golden") + split("heldout")
 
 
-def own_pairs(name: str) -> list[Record]:
-    """The same as prompts with responses where they have one turn each, and the pairs written in two framings."""
+def own_pairs(name: str) -> tuple[list[Record], list[Record]]:
+    """Prompts with responses: those written in two framings, and the conversations of one turn."""
     lines = (HERE / "framing.jsonl").read_text(encoding="utf-8").splitlines()
     framing = [json.loads(line) for line in lines]
-    # Both framings of a question stay together: the 21st to 23rd line are about one subject each.
+    # Both framings of a question stay together: lines 21 to 23 are about one subject each.
     chosen = framing[20:23] if name == "calibration" else framing[:20] + framing[23:]
-    found = [
+    framed = [
         record | {"language": "zh" if HAN.search(record["response"]) else "en", "source": "samescore"}
         for record in chosen
     ]
+    others = []
     for record in own_conversations(name):
         told = re.fullmatch(r"<\|user\|>(.*?)<\|assistant\|>(.*)", record["text"], re.DOTALL)
         if told and "<|" not in told[1] + told[2] and told[2].strip():
             pair = {"prompt": told[1], "response": told[2]}
-            found.append(pair | {"language": record["language"], "source": record["source"]})
-    return found
+            others.append(pair | {"language": record["language"], "source": record["source"]})
+    return framed, others

@@ -91,23 +91,35 @@ def around(limit: int, times: int, *beyond: int) -> tuple[int, ...]:
 PLANS = (
     Plan(
         "conversations", "refusal", "e5-refusal",
-        Shape(1250, 700, 0, (24, 250), ((110, 256, 512),), ((70, 200, 700), (220, 48, 250)), around(512, 4, *range(520, 1500, 35))),
-        Shape(172, 130, 0, (24, 250), ((12, 256, 512),), ((4, 200, 500), (25, 48, 250)), (), 10),
+        Shape(
+            1250, 700, 0, (24, 250), tails=((110, 256, 512),), chains=((70, 200, 700), (220, 48, 250)),
+            edges=around(512, 4, *range(520, 1500, 35)),
+        ),
+        Shape(172, 130, 0, (24, 250), ((12, 256, 512),), ((4, 200, 500), (25, 48, 250)), oddities=10),
     ),
     Plan(
         "prompt-response", "realigned", "llama3-tokenizer",
-        Shape(700, 720, 0, (30, 240), ((70, 512, 1900), (70, 256, 512)), ((30, 200, 700),), around(2048, 2, 2100, 2300, 2600, 3000)),
-        Shape(100, 100, 0, (30, 240), ((8, 512, 1500),), ((4, 200, 500),), (), 10),
+        Shape(
+            700, 720, 0, (30, 240), tails=((70, 512, 1900), (70, 256, 512)), chains=((30, 200, 700),),
+            edges=around(2048, 2, 2100, 2300, 2600, 3000),
+        ),
+        Shape(100, 100, 0, (30, 240), ((8, 512, 1500),), ((4, 200, 500),), oddities=10),
     ),
     Plan(
         "news", "news-bias", "llama3-tokenizer",
-        Shape(60, 0, 500, (14, 240), ((68, 512, 2048), (14, 2048, 7500)), ((20, 200, 900),), (8190, 8191, 8192, 8193, 8200, 9000)),
-        Shape(10, 0, 60, (14, 240), ((10, 512, 2048),), ((2, 200, 500),), (), 10),
+        Shape(
+            60, 0, 500, (14, 240), tails=((68, 512, 2048), (14, 2048, 7500)), chains=((20, 200, 900),),
+            edges=(8190, 8191, 8192, 8193, 8200, 9000),
+        ),
+        Shape(10, 0, 60, (14, 240), ((10, 512, 2048),), ((2, 200, 500),), oddities=10),
     ),
     Plan(
         "articles", "political-leaning", "qwen3_5-tokenizer",
-        Shape(250, 0, 1250, (14, 240), ((60, 512, 2048), (12, 2048, 7500)), ((30, 300, 1200),), (8191, 8192, 8193, 9000)),
-        Shape(40, 0, 150, (14, 240), ((10, 512, 2048),), ((4, 200, 600),), (), 10),
+        Shape(
+            250, 0, 1250, (14, 240), tails=((60, 512, 2048), (12, 2048, 7500)), chains=((30, 300, 1200),),
+            edges=(8191, 8192, 8193, 9000),
+        ),
+        Shape(40, 0, 150, (14, 240), ((10, 512, 2048),), ((4, 200, 600),), oddities=10),
     ),
 )  # fmt: skip
 
@@ -164,7 +176,7 @@ class Composer:
         for index, text in enumerate(adversarial(bases, self.name, self.shape.oddities)):
             question = self.pairs[index].question
             record = self.record(text, self.pairs[index].answer) if index % 4 == 3 else self.record(question, text)
-            if self.plan.folder == "conversations" and index % 4 == 2 or "text" in record and not record["text"].strip():
+            if self.plan.folder == "conversations" and index % 4 == 2:
                 record = {"text": text}
             found.append(record | {"language": "mul", "source": "samescore", "slice": "adversarial"})
         return found
@@ -183,21 +195,21 @@ class Composer:
         return found
 
     def own(self) -> list[Record]:
-        """Texts written for this project; conversations keep their label."""
+        """Texts written for this project; conversations keep their label, and all pairs in two framings are taken."""
         if self.plan.folder == "conversations":
-            records = own_conversations(self.name)
-        else:
-            records = [
-                self.record(r["prompt"], r["response"]) | {"language": r["language"], "source": r["source"]}
-                for r in own_pairs(self.name)
-            ]
-        if self.plan.folder == "prompt-response":
-            return [*records[:20], *self.chance.sample(records[20:], min(self.shape.own, len(records)) - 20)]
-        return records if self.plan.folder == "conversations" else self.chance.sample(records, self.shape.own)
+            return own_conversations(self.name)
+        framed, others = own_pairs(self.name)
+        keep = framed if self.plan.folder == "prompt-response" else []
+        chosen = keep + self.chance.sample(others if keep else framed + others, self.shape.own - len(keep))
+        return [
+            self.record(r["prompt"], r["response"]) | {"language": r["language"], "source": r["source"]} for r in chosen
+        ]
 
     def single(self) -> list[Record]:
         """Questions with their answers."""
-        return [self.of_pair(self.record(pair.question, pair.answer), pair) for pair in spread(self.pairs, self.shape.pairs)]
+        return [
+            self.of_pair(self.record(pair.question, pair.answer), pair) for pair in spread(self.pairs, self.shape.pairs)
+        ]
 
     def of_pair(self, record: Record, pair: Pair) -> Record:
         return record | {"language": pair.language, "source": "chatterbot-corpus"}
@@ -220,7 +232,11 @@ class Composer:
             return []
         chosen: dict[str, list[Pair]] = {}
         for pair in sorted(self.pairs, key=lambda pair: pair.topic):
-            if self.plan.folder != "news" or pair.language == "en" or pair.topic in ("science", "history", "sports", "money"):
+            if (
+                self.plan.folder != "news"
+                or pair.language == "en"
+                or pair.topic in ("science", "history", "sports", "money")
+            ):
                 chosen.setdefault(pair.language, []).append(pair)
         # A language yields as many texts as its answers fill, but not more than 4 in 3 of an even share.
         room = {language: sum(len(p.answer) for p in found) / 60 for language, found in chosen.items()}
@@ -303,10 +319,11 @@ def compressed(records: Sequence[Record]) -> bytes:
 
 
 def apart(calibration: Sequence[Record], golden: Sequence[Record]) -> list[Record]:
-    """The calibration texts that share no turn, prompt, response or line with a golden one."""
+    """The calibration texts that share no turn and no line with a golden one."""
 
     def said(record: Record) -> set[str]:
-        return {turn for key in ("text", "prompt", "response") for turn in turns(record.get(key, ""))}
+        lines = "\n".join(record.get(key, "") for key in ("text", "prompt", "response")).split("\n")
+        return {turn for line in lines for turn in turns(line)}
 
     known = {turn for record in golden for turn in said(record)}
     return [record for record in calibration if not said(record) & known]
@@ -317,7 +334,10 @@ def summary(records: Sequence[Record], length: Callable[[Record], int]) -> str:
     lengths = np.array([length(record) for record in records])
     tokens = " ".join(f"{q}%:{int(np.quantile(lengths, q / 100))}" for q in (0, 5, 25, 50, 75, 95, 99, 100))
     above = {limit: int((lengths > limit).sum()) for limit in (256, 512, 2048, 8192)}
-    counts = [dict(Counter(str(r.get(field)) for r in records).most_common()) for field in ("slice", "source", "language", "label")]
+    counts = [
+        dict(Counter(str(r.get(field)) for r in records).most_common())
+        for field in ("slice", "source", "language", "label")
+    ]
     return f"tokens {tokens} mean {lengths.mean():.0f} above {above}\n  " + "\n  ".join(map(str, counts))
 
 
@@ -339,7 +359,9 @@ def main() -> None:
             path = arguments.output / plan.folder / f"{name}.jsonl.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(packed)
-            print(f"{plan.folder}/{path.name}: {len(records)} texts, {len(packed)} bytes; {summary(records, composer.length)}")
+            print(
+                f"{plan.folder}/{path.name}: {len(records)} texts, {len(packed)} bytes; {summary(records, composer.length)}"
+            )
 
 
 if __name__ == "__main__":
