@@ -18,6 +18,7 @@ from samescore.calibrate.scores import read_scores
 from samescore.cli import main
 from samescore.exporting import compact_json
 from samescore.runtime import Bundle, BundleError, CheckpointError, GateError, InputError, ProviderError, UsageError
+from samescore.runtime.manifest import parse_manifest
 
 from .conftest import tiny_bert
 
