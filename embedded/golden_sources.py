@@ -50,12 +50,15 @@ class Speeches:
     place: int = 0
 
     def passage(self, words: int) -> str:
-        """The next so many words, all from one message; from the front again when all are used up."""
+        """The next so many words of one message, from the start of a sentence."""
         for _ in range(2 * len(self.words)):
             speech = self.words[self.place % len(self.words)]
             self.place += 1
             if len(speech) >= words:
-                taken, speech[:] = speech[:words], speech[words:]
+                taken = speech[:words]
+                # What is left of the cut sentence is passed over.
+                ends = (i + 1 for i, word in enumerate(speech[words - 1 :], words - 1) if word[-1] in ".?!")
+                del speech[: next(ends, len(speech))]
                 return " ".join(taken)
         raise SystemExit(f"no presidential message has {words} unused words left")
 

@@ -72,7 +72,7 @@ class TestShipped:
         lengths = [len(r.get("text") or r["prompt"] + r["response"]) for r in records]
         for share in (0.25, 0.5, 0.75, 0.95):
             below = np.mean(np.array(lengths[:count]) <= np.quantile(lengths, share))
-            assert abs(below - share) < 0.07
+            assert abs(below - share) < (0.12 if count < 100 else 0.07)
 
     @pytest.mark.real
     def test_lengths_in_tokens(self, profile):
@@ -83,7 +83,7 @@ class TestShipped:
         contract = replace(profile_named(profile).contract, max_tokens=10**6, model_limit=10**6)
         encoder = TextEncoder(tokenizer.read_bytes(), contract)
         golden = encode_golden(golden_set(None, profile_named(profile), "all")[0], encoder)
-        around = len(encoder.prefix_ids)
+        around = len(encoder.encode("?").input_ids) - 1 if encoder.contract.kind == "instruction" else 0
         lengths = np.array([len(ids) for ids in golden.input_ids()])
         assert 45 <= np.median(lengths) - around <= 80 and lengths.mean() - around <= 155
         assert lengths.max() > limit and {limit - 1, limit, limit + 1} <= set(lengths.tolist())
