@@ -84,6 +84,7 @@ def split(name: str) -> list[Record]:
     return [json.loads(line) for line in lines if line]
 
 
+@cache
 def trained_turns(assets: Path) -> set[str]:
     """Every turn of every conversation that the embedded model or a test model is trained on."""
     trained = [record["text"] for record in split("train")]
@@ -104,7 +105,7 @@ def speeches(assets: Path) -> dict[str, Speeches]:
 @cache
 def pairs(assets: Path) -> dict[str, list[Pair]]:
     """Clean question and answer pairs of chatterbot-corpus by set; no answer twice, none that was trained on."""
-    seen = trained_turns(assets)
+    seen = set(trained_turns(assets))
     used = {
         # The test models' own parity texts are no calibration texts either.
         "golden": {
@@ -161,14 +162,21 @@ def more_refusals(of_each: int) -> list[Record]:
     ]
 
 
-def own_conversations(name: str) -> list[Record]:
-    """Labelled conversations of the embedded model's splits that nothing is trained on."""
-    if name == "calibration":
-        return split("calibration") + more_refusals(5)
-    return split("golden") + split("heldout")
+def own_conversations(name: str, assets: Path) -> list[Record]:
+    """Labelled conversations of the embedded model's splits that nothing is trained on.
+
+    The test models' training draws on all of chatterbot-corpus, so answers from there are looked up.
+    """
+    found = split("calibration") + more_refusals(5) if name == "calibration" else split("golden") + split("heldout")
+    trained = trained_turns(assets)
+    return [
+        record
+        for record in found
+        if record["source"] != "chatterbot-corpus" or normal(ROLE.split(record["text"])[-1]) not in trained
+    ]
 
 
-def own_pairs(name: str) -> tuple[list[Record], list[Record]]:
+def own_pairs(name: str, assets: Path) -> tuple[list[Record], list[Record]]:
     """Prompts with responses: those written in two framings, and the conversations of one turn."""
     lines = (HERE / "framing.jsonl").read_text(encoding="utf-8").splitlines()
     framing = [json.loads(line) for line in lines]
@@ -179,7 +187,7 @@ def own_pairs(name: str) -> tuple[list[Record], list[Record]]:
         for record in chosen
     ]
     others = []
-    for record in own_conversations(name):
+    for record in own_conversations(name, assets):
         told = re.fullmatch(r"<\|user\|>(.*?)<\|assistant\|>(.*)", record["text"], re.DOTALL)
         if told and "<|" not in told[1] + told[2] and told[2].strip():
             pair = {"prompt": told[1], "response": told[2]}

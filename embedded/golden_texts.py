@@ -130,7 +130,7 @@ class Composer:
     def __init__(self, plan: Plan, name: str, assets: Path):
         contract = profile_named(plan.profile).contract
         assert contract is not None
-        self.plan, self.name, self.limit = plan, name, contract.max_tokens
+        self.plan, self.name, self.assets, self.limit = plan, name, assets, contract.max_tokens
         self.shape = plan.golden if name == "golden" else plan.calibration
         self.chance = random.Random(f"{plan.folder} {name}")
         # Without a limit, an encoder counts all tokens of a text.
@@ -197,8 +197,8 @@ class Composer:
     def own(self) -> list[Record]:
         """Texts written for this project; conversations keep their label, and all pairs in two framings are taken."""
         if self.plan.folder == "conversations":
-            return own_conversations(self.name)
-        framed, others = own_pairs(self.name)
+            return own_conversations(self.name, self.assets)
+        framed, others = own_pairs(self.name, self.assets)
         keep = framed if self.plan.folder == "prompt-response" else []
         chosen = keep + self.chance.sample(others if keep else framed + others, self.shape.own - len(keep))
         return [
