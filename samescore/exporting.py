@@ -28,8 +28,8 @@ from samescore.calibrate.gate import TOLERANCES
 from samescore.calibrate.golden import (
     GoldenSet,
     encode_golden,
-    read_golden,
     text_digests,
+    without_texts,
     write_golden,
 )
 from samescore.calibrate.next_token import mass_warning
@@ -45,6 +45,7 @@ from samescore.export.hub import fetch, is_hub_id
 from samescore.export.profiles import Profile, contract_for, find_profile, labels_for, profile_named
 from samescore.export.publish import check_target, file_entries, publish, staging_folder
 from samescore.export.recipes import VariantSpec, variant_spec
+from samescore.packaged import PACKAGE, Limit, calibration_set, golden_set
 from samescore.runtime.errors import CheckpointError, GateError, UsageError
 from samescore.runtime.manifest import (
     MANIFEST_NAME,
@@ -60,10 +61,7 @@ from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
 from samescore.scored import label_tokens_of, open_classifier, values_of
 
-PACKAGE = Path(__file__).parent
-DEFAULT_TEXTS = "models/refusal-tiny"
 GOLDEN_NAME = "golden.jsonl"
-CALIBRATION_NAME = "calibration.jsonl"
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def export_bundle(
     golden: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | None = None,
     max_tokens: int | None = None,
-    golden_limit: int | None = None,
+    golden_limit: Limit = None,
     budget: str | None = None,
     allow_drift: bool = False,
     progress: bool = False,
@@ -107,9 +105,10 @@ def export_bundle(
     in place of the base that the adapter names. label_tokens: of a language model, the texts (one token each) whose
     probabilities as the next token are the score (default: the profile's). golden, calibration: JSONL files of texts;
     golden texts may hold reference logits, otherwise PyTorch computes them. max_tokens: where the bundle cuts longer texts
-    (default: the profile's limit). golden_limit: use only that many golden texts, from the first (large models take long
-    on a CPU). budget: `gate` or `p99=…,mean=…,max=…`: parts of the network stay in float where quantized variants need it to
-    stay inside (found on the calibration texts). allow_drift: write the bundle even if a gate fails; its certificate says so.
+    (default: the profile's limit). golden_limit: use only that many golden texts, from the first, or `all` (default: all
+    of `golden`; of the texts that ship, the profile's usual number, as large models take long on a CPU). budget: `gate` or
+    `p99=…,mean=…,max=…`: parts of the network stay in float where quantized variants need it to stay inside (found on the
+    calibration texts). allow_drift: write the bundle even if a gate fails; its certificate says so.
 
     Raises GateError (nothing is written), CheckpointError, UsageError, InputError or MissingDependencyError.
     """
@@ -126,7 +125,7 @@ def export_bundle(
     labels = labels_for(checkpoint, facts)
     tokenizer = compact_json(checkpoint.tokenizer_bytes())
     encoder = TextEncoder(tokenizer, contract)
-    texts = _golden_texts(golden, facts, opened, encoder, golden_limit)
+    texts = _golden_texts(golden, facts, opened, encoder, golden_limit, report)
     needs_statistics = any(spec.recipe.smoothing for spec in specs) and architecture_of(checkpoint)
     calibration_ids = _calibration_ids(calibration, facts, encoder, texts) if needs_statistics else []
     with staging_folder(target) as staging:
@@ -361,13 +360,11 @@ def _golden_texts(
     facts: Profile | None,
     source: Source,
     encoder: TextEncoder,
-    limit: int | None,
+    limit: Limit,
+    report: Reporter,
 ) -> GoldenSet:
     """The golden set, tokenized. Stored logits count only for the checkpoint they were made from."""
-    if limit is not None and limit < 1:
-        raise UsageError(f"--golden-limit must be at least 1, got {limit}")
-    golden = read_golden(Path(path) if path else PACKAGE / _texts_of(facts) / GOLDEN_NAME)
-    golden = golden.first(limit)
+    golden, total = golden_set(path, facts, limit)
     if golden.reference is not None and golden.reference.checkpoint_sha256 != source.sha256:
         if path is not None:
             raise UsageError(
@@ -376,26 +373,24 @@ def _golden_texts(
                 "Remove its first line to let PyTorch compute them again"
             )
         golden = golden.without_reference()
-    return encode_golden(golden, encoder)
-
-
-def _texts_of(facts: Profile | None) -> str:
-    return facts.texts if facts and facts.texts else DEFAULT_TEXTS
+    with report(f"tokenizing {len(golden.texts)} of {total} golden texts"):
+        return encode_golden(golden, encoder)
 
 
 def _calibration_ids(
     path: str | os.PathLike[str] | None, facts: Profile | None, encoder: TextEncoder, golden: GoldenSet
 ) -> list[npt.NDArray[np.int64]]:
-    """Token ids of the calibration texts; UsageError when one of them is a golden text."""
-    name = Path(path) if path else PACKAGE / _texts_of(facts) / CALIBRATION_NAME
-    texts = encode_golden(read_golden(name).without_reference(), encoder)
-    shared = text_digests(texts, encoder.contract) & text_digests(golden, encoder.contract)
-    if shared:
+    """Token ids of the calibration texts, none of them a golden text: UsageError when the user's own file holds one."""
+    texts, judging = calibration_set(path, facts), text_digests(golden, encoder.contract)
+    shared = text_digests(texts, encoder.contract) & judging
+    if shared and path is None:
+        texts = without_texts(texts, shared, encoder.contract)
+    elif shared:
         raise UsageError(
             f"{len(shared)} calibration texts are golden texts too: a recipe must not be fitted on the texts that judge "
             "it. Name other ones with --calibration"
         )
-    return texts.input_ids()
+    return encode_golden(texts, encoder).input_ids()
 
 
 def _gate(certificate: Certificate, allow_drift: bool) -> None:

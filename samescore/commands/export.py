@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from samescore.commands.output import EXIT_OK, label_mass
 
@@ -48,7 +48,10 @@ def add(commands: Any) -> None:
         "--calibration", metavar="FILE", help="JSONL texts for activation ranges; none of the golden ones"
     )
     command.add_argument(
-        "--golden-limit", metavar="N", type=int, help="use only the first N golden texts (large models, slow machines)"
+        "--golden-limit",
+        metavar="N",
+        type=_limit,
+        help="use only the first N golden texts, or `all` (default: all of --golden, the profile's number of those that ship)",
     )
     command.add_argument(
         "--max-tokens", metavar="N", type=int, help="cut longer texts here (default: the profile's limit)"
@@ -63,6 +66,15 @@ def add(commands: Any) -> None:
         "--allow-drift", action="store_true", help="write the bundle even if a gate fails, marked as failed"
     )
     command.set_defaults(run=run)
+
+
+def _limit(text: str) -> int | Literal["all"]:
+    if text == "all":
+        return "all"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number or `all`, not {text!r}") from None
 
 
 def run(arguments: argparse.Namespace) -> int:
