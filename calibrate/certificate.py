@@ -36,12 +36,16 @@ class Invariance:
 
 @dataclass(frozen=True)
 class VariantParity:
-    """One variant's numbers, the tolerance they were held against, and the verdict."""
+    """One variant's numbers, the tolerance they were held against, and the verdict.
+
+    before: the drift without the variant's recalibration; None where it has none.
+    """
 
     drift: Drift
     invariance: Invariance
     tolerance: Tolerance
     verdict: Verdict
+    before: Drift | None = None
 
 
 @dataclass(frozen=True)

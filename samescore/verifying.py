@@ -86,6 +86,7 @@ def verify(
                     precision=chosen.precision,
                     threads=threads,
                     prefix=encoder.prefix_ids,
+                    recalibration=chosen.recalibration,
                     progress=tick,
                 )
     assert golden.reference is not None
