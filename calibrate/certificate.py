@@ -12,6 +12,8 @@ from pathlib import Path
 from samescore.calibrate.gate import Tolerance, Verdict
 from samescore.calibrate.golden import ReferenceInfo
 from samescore.calibrate.metrics import Drift
+from samescore.runtime.errors import BundleError
+from samescore.runtime.manifest import parse_as
 
 CERTIFICATE_NAME = "parity.json"
 SCHEMA_VERSION = 1
@@ -62,6 +64,25 @@ class Certificate:
         return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def parse_certificate(raw: bytes) -> Certificate:
+    """The bytes of `parity.json`, strictly; BundleError names the first thing that is wrong."""
+    try:
+        document = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BundleError(f"{CERTIFICATE_NAME} is not JSON: {error}") from error
+    keys = {"schema_version", "reference", "environment", "variants"}
+    if not isinstance(document, dict) or document.keys() != keys or document["schema_version"] != SCHEMA_VERSION:
+        raise BundleError(f"{CERTIFICATE_NAME} is no certificate of schema {SCHEMA_VERSION}; it needs {sorted(keys)}")
+    environment, variants = document["environment"], document["variants"]
+    if not isinstance(environment, dict) or not isinstance(variants, dict):
+        raise BundleError(f"{CERTIFICATE_NAME}: environment and variants must be objects")
+    return Certificate(
+        reference=parse_as(ReferenceInfo, document["reference"], "reference"),
+        environment=environment,
+        variants={name: parse_as(VariantParity, value, f"variants[{name!r}]") for name, value in variants.items()},
+    )
+
+
 def environment(threads: int) -> dict[str, object]:
     """Where numbers were made: versions, CPU and the flags that pick int8 kernels."""
     return {
@@ -85,12 +106,12 @@ def parity_table(variants: Mapping[str, VariantParity]) -> str:
         d = parity.drift
         agreement = f"{d.agreement:.2%} ≥ {d.agreement_low:.2%}"
         noise = f"{d.noise_ratio:.2f}" if d.noise_ratio is not None else "–"
-        verdict = "PASS" if parity.verdict.passed else "FAIL"
+        kld = f"{d.kld:.1e}" if d.kld is not None else "–"
         lines.append(
-            f"{name:<15}{d.texts:>6}{d.max_abs_dp:>10.1e}{d.p99_abs_dp:>10.1e}{d.mean_abs_dp:>11.1e}{d.kld:>9.1e}"
-            f"{agreement:>20}{noise:>7}  {verdict}"
+            f"{name:<15}{d.texts:>6}{d.max_abs_dp:>10.1e}{d.p99_abs_dp:>10.1e}{d.mean_abs_dp:>11.1e}{kld:>9}"
+            f"{agreement:>20}{noise:>7}  {parity.verdict.outcome}"
         )
-        lines.extend(f"  {failure}" for failure in parity.verdict.failures)
+        lines.extend(f"  {line}" for line in (*parity.verdict.failures, *parity.verdict.notes))
     return "\n".join(lines)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from samescore.calibrate.certificate import Invariance, VariantParity
-from samescore.calibrate.gate import TOLERANCES, judge
+from samescore.calibrate.gate import TOLERANCES, Tolerance, judge
 from samescore.calibrate.golden import GoldenSet
 from samescore.calibrate.metrics import Drift, measure
 from samescore.calibrate.recalibrate import judged_pair
@@ -36,6 +37,13 @@ class SessionMaker:
         return Session(self.model, self.target, intra_op_threads=intra_op_threads)
 
 
+class Certified(NamedTuple):
+    """A variant's certificate, and the logits float32 [texts, labels] that it was made from."""
+
+    parity: VariantParity
+    logits: npt.NDArray[np.float32]
+
+
 def certify(
     open_session: SessionMaker,
     golden: GoldenSet,
@@ -47,7 +55,7 @@ def certify(
     prefix: Ids | None = None,
     recalibration: Recalibration | None = None,
     progress: Callable[[], None] | None = None,
-) -> VariantParity:
+) -> Certified:
     """Measure one variant against the golden set's reference logits, and judge it.
 
     open_session: makes a session with that many threads per call. threads: CPU threads to use in all. prefix: the ids that
@@ -56,6 +64,30 @@ def certify(
     """
     sequences = golden.input_ids()
     logits = score_all(Reader(open_session(1), prefix), sequences, workers=threads, progress=progress)
+    invariance = check_invariance(Reader(open_session(threads), prefix), sequences, logits)
+    parity = parity_of(
+        logits,
+        golden,
+        labels=labels,
+        activation=activation,
+        tolerance=TOLERANCES[precision],
+        invariance=invariance,
+        recalibration=recalibration,
+    )
+    return Certified(parity, logits)
+
+
+def parity_of(
+    logits: npt.NDArray[np.float32],
+    golden: GoldenSet,
+    *,
+    labels: Sequence[str],
+    activation: Activation,
+    tolerance: Tolerance,
+    invariance: Invariance,
+    recalibration: Recalibration | None,
+) -> VariantParity:
+    """What a variant's raw logits [texts, labels] say: the drift of what its user gets, the verdict, the drift before."""
     reference = golden.reference
 
     def drift_with(correction: Recalibration | None) -> Drift:
@@ -69,8 +101,6 @@ def certify(
 
     drift = drift_with(recalibration)
     before = None if recalibration is None else drift_with(None)
-    invariance = check_invariance(Reader(open_session(threads), prefix), sequences, logits)
-    tolerance = TOLERANCES[precision]
     return VariantParity(drift, invariance, tolerance, judge(drift, tolerance), before)
 
 

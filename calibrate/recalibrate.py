@@ -106,7 +106,9 @@ def fit(
     check_method(method, len(labels), activation)
     if not np.isfinite(texts.logits).all():
         count = int((~np.isfinite(texts.logits).all(axis=1)).sum())
-        raise GateError(f"{count} of {len(texts.logits)} texts gave NaN or infinite logits: nothing can be fitted to them")
+        raise GateError(
+            f"{count} of {len(texts.logits)} texts gave NaN or infinite logits: nothing can be fitted to them"
+        )
     training, judged = texts.take(~held_out), texts.take(held_out)
     targets = training.targets(to, activation)
     if to == "labels":
@@ -319,7 +321,7 @@ def _isotonic(odds: FloatArray, targets: FloatArray, smooth: bool) -> Curve:
     isotonic = _sklearn("isotonic", "isotonic")
     edge = 1 / (len(odds) + 2) if smooth else EDGE
     model = isotonic.IsotonicRegression(y_min=edge, y_max=1 - edge, out_of_bounds="clip").fit(odds, targets)
-    x, p = np.float64(model.X_thresholds_), np.clip(np.float64(model.y_thresholds_), edge, 1 - edge)
+    x, p = np.asarray(model.X_thresholds_, np.float64), np.asarray(model.y_thresholds_, np.float64)
     if len(x) < 2:
         raise GateError(f"isotonic needs different logits; all {len(odds)} texts have the same")
     y = np.maximum.accumulate(np.log(p) - np.log1p(-p))

@@ -96,7 +96,8 @@ def calibrated(logits: npt.NDArray[Any], recalibration: Recalibration | None) ->
     wide = np.asarray(logits, dtype=np.float64)
     curves = recalibration.curves
     if not curves:
-        return wide * np.array(recalibration.scale) + np.array(recalibration.bias)
+        scaled: npt.NDArray[np.float64] = wide * np.array(recalibration.scale) + np.array(recalibration.bias)
+        return scaled
     if len(curves) == wide.shape[-1]:
         return np.stack([curve(wide[..., k]) for k, curve in enumerate(curves)], axis=-1)
     # Two labels under a softmax: only their difference matters; their mean stays.

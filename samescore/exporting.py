@@ -33,6 +33,7 @@ from samescore.calibrate.golden import (
 )
 from samescore.calibrate.next_token import mass_warning
 from samescore.calibrate.reference import Reporter, add_reference
+from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, Scores, write_scores
 from samescore.calibrate.search import Budget, search
 from samescore.calibrate.stages import read_model, stages_of
 from samescore.card import model_card
@@ -134,7 +135,7 @@ def export_bundle(
         calibrated = _Calibrated(checkpoint, calibration_ids, contract.max_tokens, encoder.prefix_ids, staging, report)
         specs = [calibrated.within(spec, budgets[spec.name]) if spec.name in budgets else spec for spec in specs]
         built = calibrated.build(specs)
-        certificate = _measure(
+        certificate, scores = _measure(
             checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report
         )
         _gate(certificate, allow_drift)
@@ -151,6 +152,7 @@ def export_bundle(
             activation=checkpoint.activation,
             variants=tuple(built),
         )
+        (staging / SCORES_NAME).write_bytes(write_scores(scores))
         manifest = _write(staging, manifest, checkpoint, tokenizer, texts, certificate, facts)
         with report("writing"):
             publish(staging, target)
@@ -303,13 +305,17 @@ def _measure(
     labels: Sequence[str],
     prefix: npt.NDArray[np.int64],
     report: Reporter,
-) -> Certificate:
-    """Every built variant against the golden set's reference. Any box can measure a plain ONNX file on its CPU."""
+) -> tuple[Certificate, Scores]:
+    """Every built variant against the golden set's reference, and the logits behind the numbers.
+
+    Any box can measure a plain ONNX file on its CPU.
+    """
     threads = available_threads()
     parity: dict[str, VariantParity] = {}
+    scores: Scores = {} if texts.bfloat16 is None else {BFLOAT16: texts.bfloat16}
     for spec in specs:
         with report(f"measuring {spec.name} on {len(texts.texts)} golden texts", len(texts.texts)) as tick:
-            parity[spec.name] = certify(
+            parity[spec.name], scores[spec.name] = certify(
                 SessionMaker(read_model(staging / spec.name), "cpu"),
                 texts,
                 labels=labels,
@@ -320,7 +326,7 @@ def _measure(
                 progress=tick,
             )
     assert texts.reference is not None
-    return Certificate(texts.reference, environment(threads), parity)
+    return Certificate(texts.reference, environment(threads), parity), scores
 
 
 def compact_json(raw: bytes) -> bytes:

@@ -21,6 +21,7 @@ HEAVY = {
     "safetensors",
     "ml_dtypes",
     "peft",
+    "sklearn",
 }
 
 
