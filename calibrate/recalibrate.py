@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from samescore.calibrate.intervals import Z95
 from samescore.calibrate.metrics import expected_calibration_error
 from samescore.runtime.errors import GateError, MissingDependencyError, UsageError
 from samescore.runtime.manifest import Activation
@@ -188,15 +189,18 @@ def _outcome(recalibration: Recalibration, judged: Evidence, activation: Activat
         return "no gain", f"it changes probabilities by {change.mean():.1e} on average"
     targets = judged.targets(to, activation)
     gains = cross_entropy(judged.logits, targets, activation) - cross_entropy(corrected, targets, activation)
-    gain, noise = float(gains.mean()), 1.96 * float(gains.std(ddof=1)) / len(gains) ** 0.5
+    gain, noise = float(gains.mean()), Z95 * float(gains.std(ddof=1)) / len(gains) ** 0.5
     name = "KLD" if to == "reference" else "NLL"
+    if abs(gain) < noise:
+        return (
+            "no gain",
+            f"{name} {'falls' if gain > 0 else 'rises'} by {abs(gain):.1e}, within its 95 % noise of ± {noise:.1e}",
+        )
     if gain <= 0:
         return "worse", f"the held-out texts' {name} rises by {-gain:.1e}"
     before, after = recalibration.before, recalibration.after
     if to == "labels" and before.ece is not None and after.ece is not None and after.ece > before.ece:
         return "worse", f"the held-out texts' ECE rises by {after.ece - before.ece:.1e}"
-    if gain < noise:
-        return "no gain", f"{name} falls by {gain:.1e}, within its 95 % noise of ± {noise:.1e}"
     return "gain", ""
 
 
