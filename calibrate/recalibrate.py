@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -146,7 +146,9 @@ def judged_pair(
 
 
 def check_method(method: Method, labels: int, activation: Activation) -> None:
-    """UsageError when the method is for other models."""
+    """UsageError when there is no such method, or it is for other models."""
+    if method not in get_args(Method):
+        raise UsageError(f"there is no method {method!r}; there are: {', '.join(get_args(Method))}")
     if method in ("platt", "isotonic") and not is_binary(labels, activation):
         raise UsageError(
             f"--method {method} is for two labels or sigmoid labels; this bundle has {labels} under a {activation}: use "

@@ -12,8 +12,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from samescore._progress import silent, step
 from samescore.adapted import AdapterOptions
@@ -96,6 +98,10 @@ def calibrate_bundle(
     report = step if progress else silent
     if remove == (texts is not None):
         raise UsageError("name texts to fit on (--texts FILE), or --remove to take a correction off, not both")
+    if base is not None and reference is None:
+        raise UsageError(f"--base {os.fspath(base)} is what an adapter lies on: name the adapter with --reference")
+    if to not in get_args(FittedTo):
+        raise UsageError(f"a correction is fitted to one of {', '.join(get_args(FittedTo))}, not to {to!r}")
     target = Path(path).resolve()
     with Bundle(target) as bundle:
         manifest = bundle.manifest
@@ -206,9 +212,7 @@ def _different(texts: GoldenSet, golden: GoldenSet, encoder: TextEncoder, name: 
     return replace(texts, texts=tuple(by_digest.values())), list(by_digest)
 
 
-def _classes(
-    texts: GoldenSet, labels: Sequence[str], *, required: bool
-) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
+def _classes(texts: GoldenSet, labels: Sequence[str], *, required: bool) -> npt.NDArray[np.int64] | None:
     """The index of each text's label; None where some have none that the bundle knows, or an error if they are required."""
     found = texts.labels()
     unknown = [label for label in found if label not in labels]

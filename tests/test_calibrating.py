@@ -202,6 +202,12 @@ def test_what_cannot_be_fitted_to(bundle, tmp_path):
         calibrate_bundle(bundle, texts=odd, to="labels")
     with pytest.raises(UsageError, match="--texts FILE"):
         calibrate_bundle(bundle)
+    with pytest.raises(UsageError, match="there is no method 'magic'; there are: temperature"):
+        calibrate_bundle(bundle, texts=few, method="magic")
+    with pytest.raises(UsageError, match="one of reference, labels, not to 'truth'"):
+        calibrate_bundle(bundle, texts=few, to="truth")
+    with pytest.raises(UsageError, match="name the adapter with --reference"):
+        calibrate_bundle(bundle, texts=few, base="base")
     with pytest.raises(UsageError, match="has no variant 'cpu-int9'.*Did you mean 'cpu-int8'"):
         calibrate_bundle(bundle, texts=few, variants=["cpu-int9"])
 
