@@ -65,7 +65,7 @@ def verify(
         with report(f"hashing {len(manifest.files)} files"):
             checked = bundle.verify_files()
         encoder = TextEncoder(bundle.read("tokenizer.json"), manifest.contract)
-        golden = _texts(bundle, texts, has_reference=reference is not None)
+        golden = reference_texts(bundle, texts, has_reference=reference is not None)
         golden = encode_golden(golden, encoder)
         note = None
         if reference is not None:
@@ -73,7 +73,7 @@ def verify(
             checkpoint, _ = open_classifier(
                 Path(reference), AdapterOptions(base=base), texts_of_labels, progress=progress
             )
-            golden, note = _reference(golden, checkpoint, manifest, report)
+            golden, note = fresh_reference(golden, checkpoint, manifest, report)
         threads = available_threads()
         parity: dict[str, VariantParity] = {}
         for chosen, target in _runnable(manifest, variant, provider):
@@ -86,13 +86,15 @@ def verify(
                     precision=chosen.precision,
                     threads=threads,
                     prefix=encoder.prefix_ids,
+                    recalibration=chosen.recalibration,
                     progress=tick,
                 ).parity
     assert golden.reference is not None
     return VerifyResult(checked, Certificate(golden.reference, environment(threads), parity), note)
 
 
-def _texts(bundle: Bundle, texts: str | os.PathLike[str] | None, *, has_reference: bool) -> GoldenSet:
+def reference_texts(bundle: Bundle, texts: str | os.PathLike[str] | None, *, has_reference: bool) -> GoldenSet:
+    """The texts (default: the bundle's golden set) with the reference's logits, or bare if PyTorch will compute them."""
     if texts is None:
         golden = read_golden(bundle.read(GOLDEN_NAME), GOLDEN_NAME)
     else:
@@ -106,7 +108,7 @@ def _texts(bundle: Bundle, texts: str | os.PathLike[str] | None, *, has_referenc
     return golden
 
 
-def _reference(
+def fresh_reference(
     golden: GoldenSet, checkpoint: Checkpoint, manifest: Manifest, report: Reporter
 ) -> tuple[GoldenSet, str | None]:
     """Fresh PyTorch logits, and a note when the checkpoint is not the one the bundle was made from."""

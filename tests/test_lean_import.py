@@ -23,6 +23,7 @@ HEAVY = {
     "peft",
     "matplotlib",
     "jinja2",
+    "sklearn",
 }
 
 

@@ -55,4 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
         if "parts" in variant.recipe:
             print(f"            finer: {variant.recipe['parts']}")
+        if variant.recalibration:
+            print(f"            recalibrated: {variant.recalibration.summary}")
     return EXIT_OK
