@@ -44,8 +44,8 @@ def certify(
     threads: int,
     prefix: Ids | None = None,
     progress: Callable[[], None] | None = None,
-) -> VariantParity:
-    """Measure one variant against the golden set's reference logits, and judge it.
+) -> tuple[VariantParity, npt.NDArray[np.float32]]:
+    """Measure one variant against the golden set's reference logits, and judge it; also its logits [texts, labels].
 
     open_session: makes a session with that many threads per call. threads: CPU threads to use in all. prefix: the ids that
     the bundle's texts begin with (`TextEncoder.prefix_ids`): texts are read exactly as the runtime reads them.
@@ -63,7 +63,7 @@ def certify(
     )
     invariance = check_invariance(Reader(open_session(threads), prefix), sequences, logits)
     tolerance = TOLERANCES[precision]
-    return VariantParity(drift, invariance, tolerance, judge(drift, tolerance))
+    return VariantParity(drift, invariance, tolerance, judge(drift, tolerance)), logits
 
 
 def score_all(

@@ -51,10 +51,12 @@ def u8s8_saturates() -> bool:
 
 def _cpu_field(name: str) -> str | None:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == name:
-                return value.strip()
+        # Only as far as the first CPU: there may be hundreds.
+        with Path("/proc/cpuinfo").open() as lines:
+            for line in lines:
+                key, _, value = line.partition(":")
+                if key.strip() == name:
+                    return value.strip()
     except OSError:
         pass
     return None

@@ -2,8 +2,8 @@
 
 Results go to stdout as JSON (tables for people where a command says so), messages and progress to stderr.
 
-Exit codes: 0 done · 1 a gate failed · 2 wrong use · 3 bad bundle, checkpoint or input (with `classify`: some lines could
-not be scored) · 4 a provider or package is missing · 130 interrupted.
+Exit codes: 0 done · 1 a gate failed or the canary refused · 2 wrong use · 3 bad bundle, checkpoint or input (with
+`classify`: some lines could not be scored) · 4 a provider or package is missing · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="samescore",
         description="Export Hugging Face classifiers to ONNX once, run them anywhere without PyTorch, "
         "and prove that the score is the same.",
-        epilog="exit codes: 0 done, 1 a gate failed, 2 wrong use, 3 bad bundle, checkpoint or input, "
+        epilog="exit codes: 0 done, 1 a gate failed or the canary refused, 2 wrong use, 3 bad bundle, checkpoint or input, "
         "4 a provider or package is missing, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"samescore {__version__}")
@@ -163,6 +163,13 @@ def _add_classify(commands: Any) -> None:
     )
     command.add_argument(
         "--max-tokens", metavar="N", type=int, help="cut longer texts here instead of the bundle's limit"
+    )
+    command.add_argument(
+        "--canary",
+        choices=("flag", "refuse", "off"),
+        default="flag",
+        help="score some golden texts first: `flag` warns where this box gives other numbers than the certified ones (default; "
+        "only on another CPU, provider or ONNX Runtime), `refuse` always checks and stops",
     )
     command.add_argument("--low-memory", action="store_true", help="keep weights in the page cache; somewhat slower")
     command.add_argument(
@@ -306,6 +313,7 @@ def _classify(arguments: argparse.Namespace) -> int:
         workers=workers,
         max_tokens=arguments.max_tokens,
         low_memory=arguments.low_memory,
+        canary=arguments.canary,
     )
     failed = scored = 0
     with _input_lines(arguments) as lines, _output(arguments.output) as write, step("scored") as tick:

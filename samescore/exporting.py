@@ -21,6 +21,7 @@ import numpy.typing as npt
 from samescore._progress import silent, step
 from samescore.adapted import AdapterOptions
 from samescore.calibrate.activations import collect_statistics
+from samescore.calibrate.canary import canary_json
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
 from samescore.calibrate.gate import TOLERANCES
@@ -44,6 +45,7 @@ from samescore.export.profiles import Profile, contract_for, find_profile, label
 from samescore.export.publish import check_target, file_entries, publish, staging_folder
 from samescore.export.quantize import ChannelStatistics
 from samescore.export.recipes import VariantSpec, variant_spec
+from samescore.runtime.canary import CANARY_NAME
 from samescore.runtime.errors import CheckpointError, GateError, UsageError
 from samescore.runtime.manifest import (
     MANIFEST_NAME,
@@ -134,7 +136,7 @@ def export_bundle(
         calibrated = _Calibrated(checkpoint, calibration_ids, contract.max_tokens, encoder.prefix_ids, staging, report)
         specs = [calibrated.within(spec, budgets[spec.name]) if spec.name in budgets else spec for spec in specs]
         built = calibrated.build(specs)
-        certificate = _measure(
+        certificate, logits = _measure(
             checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report
         )
         _gate(certificate, allow_drift)
@@ -151,6 +153,9 @@ def export_bundle(
             activation=checkpoint.activation,
             variants=tuple(built),
         )
+        precisions = {spec.name: spec.precision for spec in specs}
+        canary = canary_json(texts, precisions, logits, activation=checkpoint.activation, prefix=encoder.prefix_ids)
+        (staging / CANARY_NAME).write_bytes(canary)
         manifest = _write(staging, manifest, checkpoint, tokenizer, texts, certificate, facts)
         with report("writing"):
             publish(staging, target)
@@ -303,13 +308,17 @@ def _measure(
     labels: Sequence[str],
     prefix: npt.NDArray[np.int64],
     report: Reporter,
-) -> Certificate:
-    """Every built variant against the golden set's reference. Any box can measure a plain ONNX file on its CPU."""
+) -> tuple[Certificate, dict[str, npt.NDArray[np.float32]]]:
+    """Every built variant against the golden set's reference, and its logits [texts, labels].
+
+    Any box can measure a plain ONNX file on its CPU.
+    """
     threads = available_threads()
     parity: dict[str, VariantParity] = {}
+    logits: dict[str, npt.NDArray[np.float32]] = {}
     for spec in specs:
         with report(f"measuring {spec.name} on {len(texts.texts)} golden texts", len(texts.texts)) as tick:
-            parity[spec.name] = certify(
+            parity[spec.name], logits[spec.name] = certify(
                 SessionMaker(read_model(staging / spec.name), "cpu"),
                 texts,
                 labels=labels,
@@ -320,7 +329,7 @@ def _measure(
                 progress=tick,
             )
     assert texts.reference is not None
-    return Certificate(texts.reference, environment(threads), parity)
+    return Certificate(texts.reference, environment(threads), parity), logits
 
 
 def compact_json(raw: bytes) -> bytes:

@@ -78,7 +78,7 @@ def verify(
         parity: dict[str, VariantParity] = {}
         for chosen, target in _runnable(manifest, variant, provider):
             with report(f"measuring {chosen.name} on {len(golden.texts)} texts", len(golden.texts)) as tick:
-                parity[chosen.name] = certify(
+                parity[chosen.name], _ = certify(
                     SessionMaker(bundle.model(chosen), target),
                     golden,
                     labels=manifest.labels,

@@ -111,3 +111,23 @@ def test_without_the_guard_int8_is_another_model(bundle):
     answer = emulated.score_on(AVX2, bundle, "cpu-int8", TEXTS, guarded=False)
     here = probabilities(emulated.score_on(None, bundle, "cpu-int8", TEXTS))
     assert answer["saturates"] and np.abs(here - probabilities(answer)).max() > 20 * SAME["cpu-int8"]
+
+
+# Loads a bundle on an old CPU, with time for every text; what its canary says.
+CANARY = """
+import dataclasses, json, sys
+from samescore import load
+from samescore.runtime import canary, session
+canary.BUDGET_SECONDS = 600
+canary.log.disabled = True
+if sys.argv[2] == "unguarded":
+    session.u8s8_saturates = lambda: False
+canary.cpu_model = lambda: "emulated"  # qemu shows the real CPU's name
+print(json.dumps(dataclasses.asdict(load(sys.argv[1], variant="cpu-int8", threads=1).canary)))
+"""
+
+
+def test_the_canary_sees_what_the_guard_prevents(bundle):
+    guarded, unguarded = (run(AVX2, CANARY, bundle, guard) for guard in ("guarded", "unguarded"))
+    assert guarded["status"] == "passed" and guarded["texts"] == 32 and guarded["max_moved"] < SAME["cpu-int8"]
+    assert unguarded["texts"] == 32 and unguarded["max_moved"] > 1e-2

@@ -1,0 +1,82 @@
+"""Which golden texts a bundle checks itself with at load, and what it certified for them: the making of `canary.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import numpy as np
+import numpy.typing as npt
+
+from samescore.calibrate.gate import TOLERANCES
+from samescore.calibrate.golden import GoldenSet
+from samescore.runtime.canary import LEAST_TEXTS, SCHEMA_VERSION, Canary, CanaryText, VariantCanary, here
+from samescore.runtime.manifest import Activation, Precision
+from samescore.runtime.prediction import probabilities_of
+from samescore.runtime.prefill import Ids
+
+# At most so many texts, and so many tokens in all beyond what is read once: a canary is to take no time.
+TEXTS, TOKENS = 32, 2048
+
+
+def canary_json(
+    golden: GoldenSet,
+    precisions: Mapping[str, Precision],
+    logits: Mapping[str, npt.NDArray[np.float32]],
+    *,
+    activation: Activation,
+    prefix: Ids,
+) -> bytes:
+    """`canary.json` of variants measured on this box's CPU, as UTF-8 JSON.
+
+    golden: with ids and reference logits. precisions, logits: each variant's, float32 [texts, labels]. prefix: ids that the
+    bundle's texts begin with.
+    """
+    chosen = choose_texts(golden, activation, prefix)
+    texts = [golden.texts[index] for index in chosen]
+    canary = Canary(
+        SCHEMA_VERSION,
+        tuple(CanaryText(tuple(map(int, text.input_ids)), _hex(text.logits)) for text in texts),  # type: ignore[arg-type]
+        {
+            name: VariantCanary(
+                logits=tuple(_hex(logits[name][index]) for index in chosen),
+                allowed=TOLERANCES[precision].p99_abs_dp,
+                environment=here("cpu"),
+            )
+            for name, precision in precisions.items()
+        },
+    )
+    return (json.dumps(asdict(canary), ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+
+
+def choose_texts(golden: GoldenSet, activation: Activation, prefix: Ids) -> list[int]:
+    """Indices of short texts of every label and of near and clear decisions, so mixed that the first few are a sample too."""
+    sequences = golden.input_ids()
+    size = len(prefix)
+    own = np.array([len(ids) - (size if np.array_equal(ids[:size], prefix) else 0) for ids in sequences])
+    p = probabilities_of(golden.logits(), activation)
+    ranked = np.sort(p, axis=1)
+    margins = ranked[:, -1] - ranked[:, -2] if p.shape[1] > 1 else p[:, 0]
+    order = np.argsort(own, kind="stable")[:TEXTS]
+    count = max(min(LEAST_TEXTS, len(order)), int(np.sum(np.cumsum(own[order]) <= TOKENS)))
+    short = own <= TOKENS // TEXTS
+    short[order[:count]] = True
+    label = p.argmax(axis=1)
+    by_label = [
+        sorted(np.flatnonzero(short & (label == k)), key=lambda i: margins[i]) for k in sorted(set(label[short]))
+    ]
+    queues = [_spread(indices) for indices in by_label]
+    mixed = [int(queue[turn]) for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
+    return mixed[:TEXTS]
+
+
+def _spread(indices: list[np.intp]) -> list[np.intp]:
+    """At most TEXTS of them, evenly spread, in an order whose beginning is spread too (bits of the place reversed)."""
+    places = np.unique(np.linspace(0, len(indices) - 1, min(TEXTS, len(indices))).astype(int))
+    order = sorted(range(len(places)), key=lambda place: f"{place:032b}"[::-1])
+    return [indices[places[place]] for place in order]
+
+
+def _hex(row: npt.NDArray[np.float32]) -> tuple[str, ...]:
+    return tuple(float(value).hex() for value in row)
