@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from samescore.calibrate.gate import TOLERANCES
 from samescore.calibrate.golden import GoldenSet
 from samescore.runtime.canary import LEAST_TEXTS, SCHEMA_VERSION, Canary, CanaryText, VariantCanary, here
-from samescore.runtime.manifest import Activation, Precision
+from samescore.runtime.manifest import Activation, Variant
 from samescore.runtime.prediction import probabilities_of
 from samescore.runtime.prefill import Ids
 
@@ -22,7 +22,7 @@ TEXTS, TOKENS = 32, 2048
 
 def canary_json(
     golden: GoldenSet,
-    precisions: Mapping[str, Precision],
+    variants: Sequence[Variant],
     logits: Mapping[str, npt.NDArray[np.float32]],
     *,
     activation: Activation,
@@ -30,8 +30,8 @@ def canary_json(
 ) -> bytes:
     """`canary.json` of variants measured on this box's CPU, as UTF-8 JSON.
 
-    golden: with ids and reference logits. precisions, logits: each variant's, float32 [texts, labels]. prefix: ids that the
-    bundle's texts begin with.
+    golden: with ids and reference logits. variants: as in the manifest. logits: each one's by its name, float32
+    [texts, labels]. prefix: ids that the bundle's texts begin with.
     """
     chosen = choose_texts(golden, activation, prefix)
     texts = [golden.texts[index] for index in chosen]
@@ -39,12 +39,12 @@ def canary_json(
         SCHEMA_VERSION,
         tuple(CanaryText(tuple(map(int, text.input_ids)), _hex(text.logits)) for text in texts),  # type: ignore[arg-type]
         {
-            name: VariantCanary(
-                logits=tuple(_hex(logits[name][index]) for index in chosen),
-                allowed=TOLERANCES[precision].p99_abs_dp,
+            variant.name: VariantCanary(
+                logits=tuple(_hex(logits[variant.name][index]) for index in chosen),
+                allowed=TOLERANCES[variant.precision].p99_abs_dp,
                 environment=here("cpu"),
             )
-            for name, precision in precisions.items()
+            for variant in variants
         },
     )
     return (json.dumps(asdict(canary), ensure_ascii=False, separators=(",", ":")) + "\n").encode()

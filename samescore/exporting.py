@@ -153,10 +153,9 @@ def export_bundle(
             activation=checkpoint.activation,
             variants=tuple(built),
         )
-        precisions = {spec.name: spec.precision for spec in specs}
-        canary = canary_json(texts, precisions, logits, activation=checkpoint.activation, prefix=encoder.prefix_ids)
-        (staging / CANARY_NAME).write_bytes(canary)
-        manifest = _write(staging, manifest, checkpoint, tokenizer, texts, certificate, facts)
+        manifest = _write(
+            staging, manifest, checkpoint, tokenizer, texts, certificate, facts, logits, encoder.prefix_ids
+        )
         with report("writing"):
             publish(staging, target)
     return ExportResult(target, manifest, certificate)
@@ -418,11 +417,15 @@ def _write(
     texts: GoldenSet,
     certificate: Certificate,
     facts: Profile | None,
+    logits: Mapping[str, npt.NDArray[np.float32]],
+    prefix: Ids,
 ) -> Manifest:
     """All files but the variants', then the manifest that lists them."""
     (staging / "tokenizer.json").write_bytes(tokenizer)
     (staging / GOLDEN_NAME).write_bytes(write_golden(texts))
     (staging / CERTIFICATE_NAME).write_bytes(certificate.to_json())
+    canary = canary_json(texts, manifest.variants, logits, activation=manifest.activation, prefix=prefix)
+    (staging / CANARY_NAME).write_bytes(canary)
     source_card = checkpoint.folder / "README.md"
     if source_card.is_file():
         (staging / "SOURCE_CARD.md").write_bytes(source_card.read_bytes())

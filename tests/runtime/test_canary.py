@@ -11,13 +11,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from samescore import load
+from samescore import export_bundle, load
 from samescore.calibrate.canary import LEAST_TEXTS, TEXTS, choose_texts
 from samescore.calibrate.gate import TOLERANCES
 from samescore.calibrate.golden import read_golden
 from samescore.calibrate.metrics import measure
 from samescore.runtime import BundleError, CanaryError, UsageError, canary
 from samescore.runtime.prefill import Reader
+
+from ..conftest import train_tokenizer
 
 pytestmark = pytest.mark.torch
 
@@ -215,3 +217,21 @@ def test_long_texts_are_few(bert_bundle):
         )
         chosen = choose_texts(replace(golden, texts=texts), "softmax", np.zeros(0, np.int64))
         assert len(chosen) == expected and (0 not in chosen or lengths[0] != 2000)
+
+
+def test_a_traced_graph_has_one_too(texts_files, tmp_path, monkeypatch):
+    """An architecture of the generic route: certified, passed, and tripped by a fault."""
+    torch = pytest.importorskip("torch")
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    vocabulary = train_tokenizer(tmp_path / "checkpoint")
+    torch.manual_seed(3)
+    sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 64}
+    config = DistilBertConfig(vocab_size=vocabulary, num_labels=2, **sizes)
+    DistilBertForSequenceClassification(config).eval().save_pretrained(tmp_path / "checkpoint")
+    export_bundle(tmp_path / "checkpoint", tmp_path / "b", golden=texts_files[0], calibration=texts_files[1])
+    result = load(tmp_path / "b", canary="refuse").canary
+    assert (result.status, result.texts, result.max_moved) == ("passed", TEXTS, 0.0)
+    biased(monkeypatch)
+    with pytest.raises(CanaryError, match="canary of cpu-fp32 tripped"):
+        load(tmp_path / "b", canary="refuse")
