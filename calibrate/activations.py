@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ import numpy.typing as npt
 from samescore.calibrate.stages import Flow, exact_recipe, result_name, stage_feeds, stage_session, stages_of
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.quantize import ChannelStatistics
-from samescore.export.recipes import tap_name
+from samescore.export.recipes import INPUT, TAPS, tap_name
 from samescore.runtime.prefill import Ids
+from samescore.runtime.session import Session
+
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -23,38 +27,77 @@ class CalibrationRun:
     """
 
     statistics: Mapping[str, ChannelStatistics]
-    logits: npt.NDArray[np.float32]
+    logits: FloatArray
 
 
 def collect_statistics(
     checkpoint: Checkpoint,
     input_ids: Sequence[Ids],
     *,
+    grams: bool = False,
     workspace: Path | None = None,
     progress: Callable[[], None] | None = None,
 ) -> CalibrationRun:
     """Run the float32 graph over texts' ids int64 [sequence]; a text weighs as much as any other.
 
     The graph is built in a temporary folder below `workspace`, run on each text, and removed; where the architecture has
-    stages, one after the other, so that one stage's weights are in memory and on disk at a time.
+    stages, one after the other, so that one stage's weights are in memory and on disk at a time. grams: also the Gram
+    matrix of each layer's input. It takes 4 K² bytes for K channels, in memory for one stage at a time and on the disk of
+    `workspace` for all of them, in files without a name that are gone with the result.
     """
     inputs: list[Flow] = [ids[None, :] for ids in input_ids]
     found: dict[str, ChannelStatistics] = {}
+    recipe = replace(exact_recipe(), rounding="gptq" if grams else "nearest")
     for stage in stages_of(checkpoint):
-        with stage_session(checkpoint, exact_recipe(), stage, workspace, taps=True) as session:
-            names = [name for name in session.outputs if "/" in name]
-            result = result_name(session)
-            runs: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in names}
+        with stage_session(checkpoint, recipe, stage, workspace, taps=True) as session:
+            result, taps = result_name(session), _Taps(session)
             for number, value in enumerate(inputs):
-                inputs[number], *values = session.run_outputs([result, *names], stage_feeds(session, value))
-                for name, statistic in zip(names, values, strict=True):
-                    runs[name].append(statistic)
+                inputs[number], *values = session.run_outputs([result, *taps.names], stage_feeds(session, value))
+                taps.add(values)
                 if progress is not None:
                     progress()
-        for site in dict.fromkeys(name.partition("/")[2] for name in names):
-            found[site] = ChannelStatistics(
-                low=np.min(runs[tap_name(site, "low")], axis=0),
-                high=np.max(runs[tap_name(site, "high")], axis=0),
-                mean=np.asarray(np.mean(runs[tap_name(site, "mean")], axis=0, dtype=np.float64), dtype=np.float32),
-            )
+        found |= taps.statistics(workspace)
     return CalibrationRun(found, np.concatenate(inputs).astype(np.float32))
+
+
+class _Taps:
+    """What the taps of one stage say, text by text."""
+
+    def __init__(self, session: Session):
+        self.names = [name for name in session.outputs if "/" in name]
+        self._runs: dict[str, list[FloatArray]] = {name: [] for name in self.names}
+        self._grams: dict[str, FloatArray] = {}
+        self._texts = 0
+
+    def add(self, values: Sequence[FloatArray]) -> None:
+        """One text's outputs, in the order of the names."""
+        self._texts += 1
+        for name, value in zip(self.names, values, strict=True):
+            statistic, _, site = name.partition("/")
+            if statistic == INPUT:
+                gram = value.T @ (value / np.float32(len(value)))
+                self._grams[site] = self._grams[site] + gram if site in self._grams else gram
+            else:
+                self._runs[name].append(value)
+
+    def statistics(self, workspace: Path | None) -> dict[str, ChannelStatistics]:
+        """Of each site; Gram matrices are on disk from now on."""
+        found = {}
+        for site in dict.fromkeys(name.partition("/")[2] for name in self.names):
+            low, high, mean = (self._runs[tap_name(site, statistic)] for statistic in TAPS)
+            gram = self._grams.pop(site, None)
+            found[site] = ChannelStatistics(
+                low=np.min(low, axis=0),
+                high=np.max(high, axis=0),
+                mean=np.asarray(np.mean(mean, axis=0, dtype=np.float64), dtype=np.float32),
+                gram=None if gram is None else _spooled(gram / np.float32(self._texts), workspace),
+            )
+        return found
+
+
+def _spooled(array: FloatArray, workspace: Path | None) -> FloatArray:
+    """The same array in an unnamed file below `workspace`, read from there; the file is gone with the array."""
+    with tempfile.TemporaryFile(dir=workspace) as file:
+        array.tofile(file)
+        file.flush()
+        return np.memmap(file, array.dtype, mode="r", shape=array.shape)

@@ -13,11 +13,15 @@ Int8Array = npt.NDArray[np.int8]
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """What a linear layer's input channels did on calibration texts; each float32 [K], over tokens."""
+    """What a linear layer's input channels did on calibration texts; low, high and mean are float32 [K], over tokens.
+
+    gram: float32 [K, K], of inputs X [tokens, K] the mean of XᵀX / tokens over the texts; None where nothing asked for it.
+    """
 
     low: FloatArray
     high: FloatArray
     mean: FloatArray
+    gram: FloatArray | None = None
 
     @property
     def spread(self) -> FloatArray:

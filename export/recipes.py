@@ -11,6 +11,8 @@ from samescore.runtime.manifest import Precision, Target
 
 # Statistics of a linear layer's input channels that a tapped graph also outputs, and the operators that make them.
 TAPS = {"low": "ReduceMin", "high": "ReduceMax", "mean": "ReduceMean"}
+# The statistic that is the input itself, which graphs with GPTQ rounding output too.
+INPUT = "input"
 
 NumberFormat = Literal[
     "float32", "float16", "int8-row", "int8-row-a16", "int16-row", "int8-weights", "int8-blocks", "int4-blocks"
@@ -40,6 +42,8 @@ class Recipe:
     half: linear layers compute in float16; norms, softmax and the residual stream stay float32.
     smoothing: whether scales from calibration texts are folded in: int8 activations are smoothed (and centred, where the
       architecture can), rounded weights favour channels with large activations.
+    rounding: of `int4-blocks` weights: to the nearest, or by GPTQ where calibration texts give a Gram matrix. A tapped graph
+      of a recipe with GPTQ also outputs what the Gram matrices are made of.
     state: decoders also take and return their KV cache, for shared prefixes and for long texts in chunks.
     choices: parts of the network, by the beginning of their weights' names (`model.layers.0.mlp`), and the format that
       they have instead of `linear` or `embedding`.
@@ -51,6 +55,7 @@ class Recipe:
     opset: int
     ir_version: int
     smoothing: bool = False
+    rounding: Literal["nearest", "gptq"] = "nearest"
     half: bool = False
     state: bool = False
     choices: tuple[tuple[str, NumberFormat], ...] = ()
@@ -104,8 +109,17 @@ VARIANTS: tuple[VariantSpec, ...] = (
         "cpu-int4",
         "cpu",
         "int4",
-        Recipe("int4-blocks", "int8-row", contrib=True, opset=21, ir_version=10, smoothing=True, state=True),
-        "CPU, 4-bit weights in blocks of 32, int8 embedding, float32 head: the smallest file",
+        Recipe(
+            "int4-blocks",
+            "int8-row",
+            contrib=True,
+            opset=21,
+            ir_version=10,
+            smoothing=True,
+            rounding="gptq",
+            state=True,
+        ),
+        "CPU, 4-bit weights in blocks of 32 rounded by GPTQ, int8 embedding, float32 head: the smallest file",
     ),
     VariantSpec(
         "cuda-fp16",

@@ -18,7 +18,7 @@ from samescore.export.quantize import (
     quantize_columns,
     smoothing_scales,
 )
-from samescore.export.recipes import TAPS, tap_name
+from samescore.export.recipes import INPUT, TAPS, tap_name
 
 # AWQ's alpha: weights of channels with large activations are scaled up before they are rounded.
 ALPHA_WEIGHTS = 0.4
@@ -73,7 +73,10 @@ def silu(g: GraphBuilder, x: ir.Value) -> ir.Value:
 
 
 class FloatLinears:
-    """float32 or float16 MatMul. With `taps`, the graph also outputs statistics of each site's input channels."""
+    """float32 or float16 MatMul. With `taps`, the graph also outputs statistics of each site's input channels.
+
+    Where its recipe rounds by GPTQ, `taps` output the inputs themselves too.
+    """
 
     def __init__(self, g: GraphBuilder, *, taps: bool = False):
         self.g = g
@@ -121,6 +124,8 @@ class FloatLinears:
         for statistic, operator in TAPS.items():
             value = self.g.op(operator, x, self.g.ints(0), keepdims=0)
             self.g.output(value, tap_name(site, statistic), ir.DataType.FLOAT, [channels])
+        if self.g.recipe.rounding == "gptq":
+            self.g.output(x, tap_name(site, INPUT), ir.DataType.FLOAT, [f"{site}.rows", channels])
 
 
 class WeightOnlyLinears(FloatLinears):
