@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 
 from samescore.calibrate.gate import Tolerance, Verdict
@@ -38,7 +38,9 @@ class Invariance:
 class VariantParity:
     """One variant's numbers, the tolerance they were held against, and the verdict.
 
-    before: the drift without the variant's recalibration; None where it has none.
+    before: the drift without the variant's recalibration; None where it has none. sensitivity: by part of the network, the
+    mean largest change of a calibration text's probabilities when that part alone is quantized; None where no formats were
+    searched.
     """
 
     drift: Drift
@@ -46,6 +48,7 @@ class VariantParity:
     tolerance: Tolerance
     verdict: Verdict
     before: Drift | None = None
+    sensitivity: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,13 @@ class Certificate:
     reference: ReferenceInfo
     environment: Mapping[str, object]
     variants: Mapping[str, VariantParity]
+
+    def searched(self, sensitivities: Mapping[str, Mapping[str, float] | None]) -> Certificate:
+        """The same with what recipe searches measured, by variant."""
+        variants = {
+            name: replace(parity, sensitivity=sensitivities.get(name)) for name, parity in self.variants.items()
+        }
+        return replace(self, variants=variants)
 
     def to_json(self) -> bytes:
         """UTF-8 JSON, two spaces."""

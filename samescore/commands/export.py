@@ -59,11 +59,16 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--budget",
         metavar="B",
-        help="keep parts of the network in float where a quantized variant needs it to stay inside `gate`, or inside numbers "
-        "as in p99=5e-3,mean=1e-3",
+        help="how much a quantized variant may drift on the calibration texts: gate (default), p99=5e-3,mean=1e-3 or none; "
+        "parts of the network get finer number formats where it needs them to stay inside",
     )
     command.add_argument(
-        "--allow-drift", action="store_true", help="write the bundle even if a gate fails, marked as failed"
+        "--recipe", metavar="BUNDLE", help="take the formats of that bundle's variants instead of searching"
+    )
+    command.add_argument(
+        "--allow-drift",
+        action="store_true",
+        help="write the bundle even if a gate fails, marked as failed; the default budget is then none",
     )
     command.set_defaults(run=run)
 
@@ -96,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_tokens=arguments.max_tokens,
         golden_limit=arguments.golden_limit,
         budget=arguments.budget,
+        recipe=arguments.recipe,
         allow_drift=arguments.allow_drift,
         progress=True,
     )
