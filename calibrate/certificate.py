@@ -12,6 +12,7 @@ from pathlib import Path
 from samescore.calibrate.gate import Tolerance, Verdict
 from samescore.calibrate.golden import ReferenceInfo
 from samescore.calibrate.metrics import Drift
+from samescore.calibrate.tokenization import TokenizationEquality
 
 CERTIFICATE_NAME = "parity.json"
 SCHEMA_VERSION = 1
@@ -36,21 +37,27 @@ class Invariance:
 
 @dataclass(frozen=True)
 class VariantParity:
-    """One variant's numbers, the tolerance they were held against, and the verdict."""
+    """One variant's numbers, the tolerance they were held against, the verdict, and what a failing one suffers from."""
 
     drift: Drift
     invariance: Invariance
     tolerance: Tolerance
     verdict: Verdict
+    diagnosis: str | None = None
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The whole of `parity.json`."""
+    """The whole of `parity.json`.
+
+    tokenization: our token ids against the Hugging Face tokenizer's; None where that was not asked for or transformers was
+    not needed (stored reference logits).
+    """
 
     reference: ReferenceInfo
     environment: Mapping[str, object]
     variants: Mapping[str, VariantParity]
+    tokenization: TokenizationEquality | None = None
 
     def to_json(self) -> bytes:
         """UTF-8 JSON, two spaces."""
@@ -87,7 +94,20 @@ def parity_table(variants: Mapping[str, VariantParity]) -> str:
             f"{agreement:>20}{noise:>7}  {verdict}"
         )
         lines.extend(f"  {failure}" for failure in parity.verdict.failures)
+        if parity.diagnosis is not None:
+            lines.append(f"  diagnosis: {parity.diagnosis}")
     return "\n".join(lines)
+
+
+def tokenization_line(tokenization: TokenizationEquality | None) -> str | None:
+    """One line on the comparison of token ids, or None where there was none."""
+    if tokenization is None:
+        return None
+    if tokenization.different == 0:
+        return f"token ids: as transformers' on {tokenization.texts} strings"
+    return f"token ids: FAIL, {tokenization.different} of {tokenization.texts} strings differ from transformers'\n" + (
+        f"  diagnosis: {tokenization.first_difference}"
+    )
 
 
 TABLE_LEGEND = (

@@ -23,6 +23,7 @@ from samescore.adapted import AdapterOptions
 from samescore.calibrate.activations import collect_statistics
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
+from samescore.calibrate.diagnose import Diagnosis
 from samescore.calibrate.gate import TOLERANCES
 from samescore.calibrate.golden import (
     GoldenSet,
@@ -35,6 +36,7 @@ from samescore.calibrate.next_token import mass_warning
 from samescore.calibrate.reference import Reporter, add_reference
 from samescore.calibrate.search import Budget, search
 from samescore.calibrate.stages import read_model, stages_of
+from samescore.calibrate.tokenization import TokenizationEquality
 from samescore.card import model_card
 from samescore.export.adapter import AdaptedCheckpoint
 from samescore.export.build import architecture_of, build_variant, check_buildable, check_variant
@@ -44,6 +46,7 @@ from samescore.export.profiles import Profile, contract_for, find_profile, label
 from samescore.export.publish import check_target, file_entries, publish, staging_folder
 from samescore.export.quantize import ChannelStatistics
 from samescore.export.recipes import VariantSpec, variant_spec
+from samescore.runtime.contract import text_of_record
 from samescore.runtime.errors import CheckpointError, GateError, UsageError
 from samescore.runtime.manifest import (
     MANIFEST_NAME,
@@ -57,6 +60,7 @@ from samescore.runtime.manifest import (
 from samescore.runtime.prefill import Ids
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
+from samescore.same_tokens import refuse_difference, tokenization_equality
 from samescore.scored import label_tokens_of, open_classifier, values_of
 
 PACKAGE = Path(__file__).parent
@@ -95,6 +99,7 @@ def export_bundle(
     golden_limit: int | None = None,
     budget: str | None = None,
     allow_drift: bool = False,
+    tokenization_texts: int | None = None,
     progress: bool = False,
 ) -> ExportResult:
     """Turn a checkpoint into a bundle whose every variant passed its gate.
@@ -109,6 +114,8 @@ def export_bundle(
     (default: the profile's limit). golden_limit: use only that many golden texts, from the first (large models take long
     on a CPU). budget: `gate` or `p99=…,mean=…,max=…`: parts of the network stay in float where quantized variants need it to
     stay inside (found on the calibration texts). allow_drift: write the bundle even if a gate fails; its certificate says so.
+    tokenization_texts: on how many strings token ids are compared with the Hugging Face tokenizer's when PyTorch computes the
+    reference (default: 100000; 0: none).
 
     Raises GateError (nothing is written), CheckpointError, UsageError, InputError or MissingDependencyError.
     """
@@ -127,16 +134,25 @@ def export_bundle(
     encoder = TextEncoder(tokenizer, contract)
     texts = _golden_texts(golden, facts, opened, encoder, golden_limit)
     needs_statistics = any(spec.recipe.smoothing for spec in specs) and architecture_of(checkpoint)
-    calibration_ids = _calibration_ids(calibration, facts, encoder, texts) if needs_statistics else []
+    calibration_texts = (
+        _calibration_texts(calibration, facts, encoder, texts) if needs_statistics else GoldenSet(None, ())
+    )
     with staging_folder(target) as staging:
+        tokenization: TokenizationEquality | None = None
         if texts.reference is None:
+            sources = [text_of_record(text.record, contract) for text in (*texts.texts, *calibration_texts.texts)]
+            tokenization = tokenization_equality(checkpoint, encoder, sources, tokenization_texts, report)
+            refuse_difference(tokenization, checkpoint)
             texts = add_reference(texts, checkpoint, report, yardstick=True)
-        calibrated = _Calibrated(checkpoint, calibration_ids, contract.max_tokens, encoder.prefix_ids, staging, report)
+        calibrated = _Calibrated(
+            checkpoint, calibration_texts.input_ids(), contract.max_tokens, encoder.prefix_ids, staging, report
+        )
         specs = [calibrated.within(spec, budgets[spec.name]) if spec.name in budgets else spec for spec in specs]
         built = calibrated.build(specs)
         certificate = _measure(
             checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report
         )
+        certificate = replace(certificate, tokenization=tokenization)
         _gate(certificate, allow_drift)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -320,7 +336,12 @@ def _measure(
                 progress=tick,
             )
     assert texts.reference is not None
-    return Certificate(texts.reference, environment(threads), parity)
+    certificate = Certificate(texts.reference, environment(threads), parity)
+    precisions = {spec.name: spec.precision for spec in specs}
+    diagnosis = Diagnosis(texts, labels, checkpoint.activation, checkpoint, staging)
+    return diagnosis.of_all(
+        certificate, lambda name: (SessionMaker(read_model(staging / name), "cpu"), precisions[name])
+    )
 
 
 def compact_json(raw: bytes) -> bytes:
@@ -376,10 +397,10 @@ def _texts_of(facts: Profile | None) -> str:
     return facts.texts if facts and facts.texts else DEFAULT_TEXTS
 
 
-def _calibration_ids(
+def _calibration_texts(
     path: str | os.PathLike[str] | None, facts: Profile | None, encoder: TextEncoder, golden: GoldenSet
-) -> list[npt.NDArray[np.int64]]:
-    """Token ids of the calibration texts; UsageError when one of them is a golden text."""
+) -> GoldenSet:
+    """The calibration texts, tokenized; UsageError when one of them is a golden text."""
     name = Path(path) if path else PACKAGE / _texts_of(facts) / CALIBRATION_NAME
     texts = encode_golden(read_golden(name).without_reference(), encoder)
     shared = text_digests(texts, encoder.contract) & text_digests(golden, encoder.contract)
@@ -388,13 +409,16 @@ def _calibration_ids(
             f"{len(shared)} calibration texts are golden texts too: a recipe must not be fitted on the texts that judge "
             "it. Name other ones with --calibration"
         )
-    return texts.input_ids()
+    return texts
 
 
 def _gate(certificate: Certificate, allow_drift: bool) -> None:
     failed = {name: parity for name, parity in certificate.variants.items() if not parity.verdict.passed}
     if failed and not allow_drift:
-        said = "; ".join(f"{name}: {', '.join(parity.verdict.failures)}" for name, parity in failed.items())
+        said = "; ".join(
+            f"{name}: {', '.join(parity.verdict.failures)} (diagnosis: {parity.diagnosis})"
+            for name, parity in failed.items()
+        )
         raise GateError(
             f"{said}. Nothing was written. Let parts of it stay in float with --budget gate (quantized variants), export a "
             "more exact variant (cpu-fp32), or --allow-drift to keep this one with a certificate that says it failed"

@@ -22,6 +22,7 @@ import onnx_ir as ir
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.graphs.blocks import GraphBuilder, embedding, layer_norm
 from samescore.export.graphs.linears import Linears, make_linears
+from samescore.export.intermediate import hidden_name, mixed_name
 from samescore.export.quantize import ChannelStatistics, Rescaling
 from samescore.export.recipes import Recipe
 from samescore.export.weights import WeightFile
@@ -116,8 +117,10 @@ class _Bert:
     def build(self) -> None:
         """Emit every node."""
         x = self._embeddings()
+        x.name = hidden_name(0)
         for index in range(self.config.layers):
-            x = self._layer(x, f"bert.encoder.layer.{index}", last=index == self.config.layers - 1)
+            x = self._layer(x, index, last=index == self.config.layers - 1)
+            x.name = hidden_name(index + 1)
         self._head(x)
 
     def _embeddings(self) -> ir.Value:
@@ -134,14 +137,16 @@ class _Bert:
         rows = g.op("Reshape", x, g.ints(-1, self.config.hidden))
         return self._norm(rows, f"{prefix}.LayerNorm", wide=True)
 
-    def _layer(self, x: ir.Value, prefix: str, *, last: bool) -> ir.Value:
+    def _layer(self, x: ir.Value, index: int, *, last: bool) -> ir.Value:
         """One encoder layer on rows [rows, hidden]; in the last one, first-token rows [batch, hidden] come out."""
-        g, attention = self.g, f"{prefix}.attention"
+        g, prefix = self.g, f"bert.encoder.layer.{index}"
+        attention = f"{prefix}.attention"
         out_weight = self._matrix(f"{attention}.output.dense.weight")
         rescaled = self.linears.rescaling(f"{attention}.output.dense", out_weight)
         context, x = self._attention(x, f"{attention}.self", rescaled, last=last)
         y = self._linear(context, f"{attention}.output.dense", out_weight, rescaled=rescaled)
         x = self._norm(g.op("Add", y, x), f"{attention}.output.LayerNorm")
+        x.name = mixed_name(index)
         inner = self._linear(x, f"{prefix}.intermediate.dense")
         inner = self._gelu(inner)
         y = self._linear(inner, f"{prefix}.output.dense", after_gelu=True)

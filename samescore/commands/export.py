@@ -62,12 +62,18 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--allow-drift", action="store_true", help="write the bundle even if a gate fails, marked as failed"
     )
+    command.add_argument(
+        "--tokenization-texts",
+        metavar="N",
+        type=int,
+        help="compare token ids with the Hugging Face tokenizer's on N strings made of the texts (default: 100000; 0: none)",
+    )
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from samescore.calibrate.certificate import parity_table
+    from samescore.calibrate.certificate import parity_table, tokenization_line
     from samescore.exporting import export_bundle
 
     result = export_bundle(
@@ -85,10 +91,13 @@ def run(arguments: argparse.Namespace) -> int:
         golden_limit=arguments.golden_limit,
         budget=arguments.budget,
         allow_drift=arguments.allow_drift,
+        tokenization_texts=arguments.tokenization_texts,
         progress=True,
     )
     size = sum(entry.size for entry in result.manifest.files.values())
     print(parity_table(result.certificate.variants))
+    if said := tokenization_line(result.certificate.tokenization):
+        print(said)
     for variant in result.manifest.variants:
         if "exact" in variant.recipe:
             print(f"{variant.name:<15}in float: {variant.recipe['exact']}")
