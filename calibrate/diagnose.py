@@ -19,7 +19,7 @@ import numpy.typing as npt
 from samescore.calibrate.certificate import Certificate, VariantParity
 from samescore.calibrate.certify import SessionMaker, score_all
 from samescore.calibrate.golden import GoldenSet
-from samescore.calibrate.head_faults import output_fault, output_note, pooled_position, position_fault
+from samescore.calibrate.head_faults import constant_fault, output_fault, output_note, pooled_position, position_fault
 from samescore.calibrate.localize import localize
 from samescore.calibrate.reference import position_logits
 from samescore.export.build import architecture_of
@@ -60,14 +60,17 @@ class Diagnosis:
         reference = self.golden.logits()[chosen]
         session = open_session(1)
         logits = score_all(Reader(session), sequences, workers=available_threads())
-        fault = (
+        said = [
             output_fault(reference, logits, self.labels, self.activation)
             or position_fault(session, sequences, reference, logits)
             or self._pooled(sequences, reference, logits)
-            or self._layers(open_session, sequences, precision)
-        )
+        ]
+        if said == [None]:
+            layers = self._layers(open_session, sequences, precision)
+            said = [constant_fault(reference, logits), layers or self._unknown()]
+        named = "; ".join(filter(None, said))
         note = output_note(reference, logits)
-        return "; ".join(said for said in (fault or self._unknown(), note) if said)
+        return f"{named}; {note}" if note else named
 
     def _pooled(
         self, sequences: Sequence[Ids], reference: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]
@@ -97,8 +100,8 @@ class Diagnosis:
 
     def _unknown(self) -> str:
         if self.checkpoint is None:
-            return "not known from its logits; samescore verify BUNDLE --reference CKPT looks for the layer"
-        return "not known: neither its logits nor its graph say where the drift comes from"
+            return "no known fault of the head; samescore verify BUNDLE --reference CKPT looks for the layer"
+        return "no known fault of the head; its graph does not name its layers, so where the drift enters is not known"
 
 
 def _spread(sequences: Sequence[Ids], count: int) -> list[int]:

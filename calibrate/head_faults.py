@@ -35,9 +35,18 @@ def output_fault(
     r, v = _wide(reference), _wide(variant)
     if not np.isfinite(v).all():
         return None
-    if len(v) > 1 and np.ptp(v, axis=0).max() <= 1e-6 < np.ptp(r, axis=0).max():
-        return "every text gets the same logits: the graph pools a position that all texts share, or reads no text"
     return _activated(r, v, activation) or _reordered(r, v, labels)
+
+
+def constant_fault(reference: npt.NDArray[np.float32], variant: npt.NDArray[np.float32]) -> str | None:
+    """What is wrong when all texts get the same logits and should not, or None."""
+    if not np.isfinite(variant).all() or len(variant) < 2:
+        return None
+    if np.ptp(variant, axis=0).max() <= 1e-6 < np.ptp(reference, axis=0).max():
+        return (
+            "every text gets the same logits: the graph pools a position that all texts share, or what it reads is lost"
+        )
+    return None
 
 
 def output_note(reference: npt.NDArray[np.float32], variant: npt.NDArray[np.float32]) -> str | None:

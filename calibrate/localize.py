@@ -84,7 +84,10 @@ def localize(
     precision: Precision,
     workspace: Path | None = None,
 ) -> Localization | None:
-    """Compare a delivered file with the checkpoint on a few texts' ids; None for a file that does not name its values."""
+    """Compare a delivered file with the checkpoint on a few texts' ids.
+
+    None for a file that does not name its values, or a checkpoint of another shape.
+    """
     graph, names = with_hidden_outputs(model.graph)
     if not names:
         return None
@@ -95,10 +98,15 @@ def localize(
         for ids in input_ids
     ]
     exact = _exact_values(checkpoint, input_ids, workspace)
-    shared = [name for name in wanted if all(name in values for values in exact)]
-    errors = [_error([v[name] for v in variant], [e[name] for e in exact]) for name in shared]
+    if _shapes(variant) != _shapes([{name: values.get(name) for name in wanted} for values in exact]):
+        return None
+    errors = [_error([v[name] for v in variant], [e[name] for e in exact]) for name in wanted]
     layers = int(checkpoint.config["num_hidden_layers"])
-    return find_step(shared, errors, layers=layers, rounding=ROUNDING[precision])
+    return find_step(wanted, errors, layers=layers, rounding=ROUNDING[precision])
+
+
+def _shapes(runs: Sequence[Values]) -> list[dict[str, tuple[int, ...]]]:
+    return [{name: np.shape(value) for name, value in values.items()} for values in runs]
 
 
 def find_step(names: Sequence[str], errors: Sequence[float], *, layers: int, rounding: float) -> Localization:
