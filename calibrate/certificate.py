@@ -88,12 +88,12 @@ def parity_table(variants: Mapping[str, VariantParity]) -> str:
         d = parity.drift
         agreement = f"{d.agreement:.2%} ≥ {d.agreement_low:.2%}"
         noise = f"{d.noise_ratio:.2f}" if d.noise_ratio is not None else "–"
-        verdict = "PASS" if parity.verdict.passed else "FAIL"
+        kld = f"{d.kld:.1e}" if d.kld is not None else "–"
         lines.append(
-            f"{name:<15}{d.texts:>6}{d.max_abs_dp:>10.1e}{d.p99_abs_dp:>10.1e}{d.mean_abs_dp:>11.1e}{d.kld:>9.1e}"
-            f"{agreement:>20}{noise:>7}  {verdict}"
+            f"{name:<15}{d.texts:>6}{d.max_abs_dp:>10.1e}{d.p99_abs_dp:>10.1e}{d.mean_abs_dp:>11.1e}{kld:>9}"
+            f"{agreement:>20}{noise:>7}  {parity.verdict.outcome}"
         )
-        lines.extend(f"  {failure}" for failure in parity.verdict.failures)
+        lines.extend(f"  {line}" for line in (*parity.verdict.failures, *parity.verdict.notes))
         if parity.diagnosis is not None:
             lines.append(f"  diagnosis: {parity.diagnosis}")
     return "\n".join(lines)

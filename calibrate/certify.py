@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,13 @@ class SessionMaker:
         return Session(self.model, self.target, intra_op_threads=intra_op_threads)
 
 
+class Certified(NamedTuple):
+    """A variant's certificate, and the logits float32 [texts, labels] that it was made from."""
+
+    parity: VariantParity
+    logits: npt.NDArray[np.float32]
+
+
 def certify(
     open_session: SessionMaker,
     golden: GoldenSet,
@@ -44,7 +52,7 @@ def certify(
     threads: int,
     prefix: Ids | None = None,
     progress: Callable[[], None] | None = None,
-) -> VariantParity:
+) -> Certified:
     """Measure one variant against the golden set's reference logits, and judge it.
 
     open_session: makes a session with that many threads per call. threads: CPU threads to use in all. prefix: the ids that
@@ -63,7 +71,7 @@ def certify(
     )
     invariance = check_invariance(Reader(open_session(threads), prefix), sequences, logits)
     tolerance = TOLERANCES[precision]
-    return VariantParity(drift, invariance, tolerance, judge(drift, tolerance))
+    return Certified(VariantParity(drift, invariance, tolerance, judge(drift, tolerance)), logits)
 
 
 def score_all(

@@ -9,15 +9,14 @@ A diagnosis explains a verdict and never changes it. Where nothing is recognised
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from samescore.calibrate.certificate import Certificate, VariantParity
-from samescore.calibrate.certify import SessionMaker, score_all
+from samescore.calibrate.certify import Certified, SessionMaker
 from samescore.calibrate.golden import GoldenSet
 from samescore.calibrate.head_faults import constant_fault, output_fault, output_note, pooled_position, position_fault
 from samescore.calibrate.localize import localize
@@ -26,11 +25,11 @@ from samescore.export.build import architecture_of
 from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.errors import MissingDependencyError
 from samescore.runtime.manifest import Activation, Precision
-from samescore.runtime.prefill import Ids, Reader
+from samescore.runtime.prefill import Ids
 from samescore.runtime.threads import available_threads
 
-# Golden texts that are scored again, and those on which layers are compared.
-TEXTS, LAYER_TEXTS = 32, 4
+# Golden texts that probes run, those on which layers are compared, and the tokens that such a text has at most.
+PROBED, LAYER_TEXTS, LAYER_TOKENS = 16, 4, 512
 
 
 @dataclass(frozen=True)
@@ -46,27 +45,26 @@ class Diagnosis:
     checkpoint: Checkpoint | None = None
     workspace: Path | None = None
 
-    def of_all(self, certificate: Certificate, variant: Callable[[str], tuple[SessionMaker, Precision]]) -> Certificate:
-        """The certificate with a diagnosis under each variant that failed. variant: by its name."""
-        told: dict[str, VariantParity] = {}
-        for name, parity in certificate.variants.items():
-            told[name] = parity if parity.verdict.passed else replace(parity, diagnosis=self.of(*variant(name)))
-        return replace(certificate, variants=told)
+    def told(self, certified: Certified, open_session: SessionMaker, precision: Precision) -> Certified:
+        """What `certify` has found, with a diagnosis if the variant failed. open_session: what it was found with."""
+        if certified.parity.verdict.passed:
+            return certified
+        said = self.of(certified.logits, open_session, precision)
+        return certified._replace(parity=replace(certified.parity, diagnosis=said))
 
-    def of(self, open_session: SessionMaker, precision: Precision) -> str:
-        """What is wrong with one variant."""
-        chosen = _spread(self.golden.input_ids(), TEXTS)
-        sequences = [self.golden.input_ids()[i] for i in chosen]
-        reference = self.golden.logits()[chosen]
-        session = open_session(1)
-        logits = score_all(Reader(session), sequences, workers=available_threads())
+    def of(self, logits: npt.NDArray[np.float32], open_session: SessionMaker, precision: Precision) -> str:
+        """What is wrong with one variant, whose logits float32 [texts, labels] these are."""
+        sequences, reference = self.golden.input_ids(), self.golden.logits()
+        few = _shortest(sequences, PROBED)
+        short = [sequences[i] for i in few]
         said = [
             output_fault(reference, logits, self.labels, self.activation)
-            or position_fault(session, sequences, reference, logits)
-            or self._pooled(sequences, reference, logits)
+            or position_fault(open_session(available_threads()), short, reference[few], logits[few])
+            or self._pooled(short, reference[few], logits[few])
         ]
         if said == [None]:
-            layers = self._layers(open_session, sequences, precision)
+            worst = _worst(sequences, reference, logits)
+            layers = self._layers(open_session, [sequences[i] for i in worst], precision)
             said = [constant_fault(reference, logits), layers or self._unknown()]
         named = "; ".join(filter(None, said))
         note = output_note(reference, logits)
@@ -87,12 +85,11 @@ class Diagnosis:
     def _layers(self, open_session: SessionMaker, sequences: Sequence[Ids], precision: Precision) -> str | None:
         if self.checkpoint is None or architecture_of(self.checkpoint) is None:
             return None
-        few = [sequences[i] for i in _spread(sequences, LAYER_TEXTS)]
         found = localize(
             open_session.model,
             open_session.target,
             self.checkpoint,
-            few,
+            sequences,
             precision=precision,
             workspace=self.workspace,
         )
@@ -104,7 +101,13 @@ class Diagnosis:
         return "no known fault of the head; its graph does not name its layers, so where the drift enters is not known"
 
 
-def _spread(sequences: Sequence[Ids], count: int) -> list[int]:
-    """Evenly spread indices, those of the shorter texts where there are many: diagnosing must not take long."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    return sorted(order[:: max(1, len(order) // count)][:count])
+def _shortest(sequences: Sequence[Ids], count: int) -> list[int]:
+    """Indices of texts to run again: short ones, for diagnosing must not take long."""
+    return sorted(sorted(range(len(sequences)), key=lambda i: len(sequences[i]))[:count])
+
+
+def _worst(sequences: Sequence[Ids], reference: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> list[int]:
+    """Indices of the texts whose logits are furthest off, long ones left out where there are others."""
+    short = [i for i, ids in enumerate(sequences) if len(ids) <= LAYER_TOKENS] or _shortest(sequences, 1)
+    off = np.nan_to_num(np.abs(logits - reference).max(axis=1), nan=np.inf)
+    return sorted(short, key=lambda i: -off[i])[:LAYER_TEXTS]

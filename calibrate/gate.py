@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
+from samescore.calibrate.intervals import rule_of_three
 from samescore.calibrate.metrics import Drift
 from samescore.runtime.manifest import Precision
+
+Outcome = Literal["PASS", "FAIL", "AMBIGUOUS"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,11 @@ class Tolerance:
     mean_abs_dp: float | None
     agreement: float
     flip_margin: float | None
+
+    @property
+    def near_tie(self) -> float:
+        """Texts whose two best labels are at most this far apart in the reference: both may move by p99 towards each other."""
+        return 2 * self.p99_abs_dp
 
 
 TOLERANCES: dict[Precision, Tolerance] = {
@@ -31,15 +41,24 @@ TOLERANCES: dict[Precision, Tolerance] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a drift passes, and each number that does not."""
+    """PASS: every number inside its tolerance. FAIL: the `failures`. AMBIGUOUS: only labels of near ties changed, see `notes`.
 
-    passed: bool
+    notes: what the numbers cannot show, whatever the outcome.
+    """
+
+    outcome: Outcome
     failures: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed; an ambiguous verdict has not."""
+        return self.outcome != "FAIL"
 
 
 def judge(drift: Drift, tolerance: Tolerance) -> Verdict:
     """Compare a drift with a tolerance."""
-    failures = []
+    failures, notes = [], []
     if drift.not_finite:
         failures.append(f"{drift.not_finite} of {drift.texts} texts gave NaN or infinite logits")
     for name in ("max_abs_dp", "p99_abs_dp", "mean_abs_dp"):
@@ -47,13 +66,27 @@ def judge(drift: Drift, tolerance: Tolerance) -> Verdict:
         # `not <=` so that a NaN fails.
         if allowed is not None and not measured <= allowed:
             failures.append(f"{name} {measured:.2e} > {allowed:.0e}")
-    if not drift.agreement >= tolerance.agreement:
+    flipped = len(drift.flips)
+    outside = sum(flip.margin > tolerance.near_tie for flip in drift.flips)
+    if not 1 - outside / drift.texts >= tolerance.agreement:
         failures.append(
-            f"label agreement {drift.agreement:.4f} < {tolerance.agreement} ({len(drift.flips)} of {drift.texts} flipped)"
+            f"label agreement {drift.agreement:.4f} < {tolerance.agreement} ({flipped} of {drift.texts} flipped, "
+            f"{flipped - outside} of them near ties)"
+        )
+    elif not drift.agreement >= tolerance.agreement:
+        notes.append(
+            f"label agreement {drift.agreement:.4f} < {tolerance.agreement}, but of {flipped} flipped texts only {outside} had a "
+            f"reference margin above {tolerance.near_tie:.0e}: the others are near ties, which nothing but their noise decides"
         )
     if tolerance.flip_margin is not None:
         far = [flip for flip in drift.flips if flip.margin > tolerance.flip_margin]
         if far:
             worst = max(far, key=lambda flip: flip.margin)
             failures.append(f"text {worst.text} flipped with margin {worst.margin:.3f} > {tolerance.flip_margin}")
-    return Verdict(not failures, tuple(failures))
+    outcome: Outcome = "FAIL" if failures else "AMBIGUOUS" if notes else "PASS"
+    if not flipped and rule_of_three(drift.texts) > 1 - tolerance.agreement > 0:
+        notes.append(
+            f"no label changed, but {drift.texts} texts only bound the rate of changes by {rule_of_three(drift.texts):.2%} "
+            f"(95 %); {math.ceil(3 / (1 - tolerance.agreement))} texts are needed for {1 - tolerance.agreement:.2%}"
+        )
+    return Verdict(outcome, tuple(failures), tuple(notes))

@@ -60,10 +60,14 @@ class GoldenText:
 
 @dataclass(frozen=True)
 class GoldenSet:
-    """Texts in order; `reference` is None until their logits are known."""
+    """Texts in order; `reference` is None until their logits are known.
+
+    bfloat16: logits float32 [texts, labels] of the reference's own bfloat16 run, where it was made here.
+    """
 
     reference: ReferenceInfo | None
     texts: tuple[GoldenText, ...]
+    bfloat16: npt.NDArray[np.float32] | None = None
 
     def input_ids(self) -> list[npt.NDArray[np.int64]]:
         """The ids of every text; they must have been encoded."""

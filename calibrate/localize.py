@@ -98,7 +98,7 @@ def localize(
         for ids in input_ids
     ]
     exact = _exact_values(checkpoint, input_ids, workspace)
-    if _shapes(variant) != _shapes([{name: values.get(name) for name in wanted} for values in exact]):
+    if _shapes(variant) != _shapes([{name: values[name] for name in wanted if name in values} for values in exact]):
         return None
     errors = [_error([v[name] for v in variant], [e[name] for e in exact]) for name in wanted]
     layers = int(checkpoint.config["num_hidden_layers"])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from samescore.calibrate.intervals import bootstrap_interval, mean_interval, quantile_interval, rule_of_three, wilson
 from samescore.runtime.manifest import Activation
 from samescore.runtime.prediction import probabilities_of
 
@@ -26,30 +26,63 @@ class Flip:
 
 
 @dataclass(frozen=True)
+class LabelScores:
+    """How good the probabilities are where the label is known, and how far that is from the reference's.
+
+    accuracy; ece: expected calibration error; brier: Brier score; shifts: the variant's minus the reference's, with
+    bootstrapped 95 % intervals.
+    """
+
+    accuracy: float
+    accuracy_shift: float
+    ece: float
+    ece_shift: float
+    ece_shift_low: float
+    ece_shift_high: float
+    brier: float
+    brier_shift: float
+    brier_shift_low: float
+    brier_shift_high: float
+
+
+@dataclass(frozen=True)
 class Drift:
-    """A variant against the reference, over `texts` texts.
+    """A variant against the reference, over `texts` texts; `_low` and `_high` are 95 % intervals (see `intervals`).
 
     The difference dp of one text is the largest absolute difference of its probabilities over the labels; max, p99.9,
-    p99 and mean are over texts. kld: mean Kullback-Leibler divergence of the variant from the reference, in nats.
-    agreement: share of texts with the same most probable label, with its 95 % Wilson interval. noise_ratio: mean dp over
-    the mean dp of the reference's own bfloat16 run; ece_shift and brier_shift where the texts have labels.
+    p99 and mean are over texts. beyond_max_high: the rate at which other texts of this kind may exceed max_abs_dp (rule of
+    three). kld: mean Kullback-Leibler divergence of the variant from the reference, in nats. agreement: share of texts with
+    the same most probable label (Wilson). noise_ratio: mean dp over the mean dp of the reference's own bfloat16 run, whose
+    own uncertainty the interval leaves out. ece, brier and their shifts from the reference: over the `labelled` texts.
+    None where there are too few texts to bound a number, or no text with finite logits for a divergence.
     """
 
     texts: int
     max_abs_dp: float
+    beyond_max_high: float
     p999_abs_dp: float
+    p999_abs_dp_low: float
+    p999_abs_dp_high: float | None
     p99_abs_dp: float
+    p99_abs_dp_low: float
+    p99_abs_dp_high: float | None
     mean_abs_dp: float
+    mean_abs_dp_low: float
+    mean_abs_dp_high: float | None
     max_abs_dlogit: float
-    kld: float
+    kld: float | None
+    kld_low: float | None
+    kld_high: float | None
     agreement: float
     agreement_low: float
     agreement_high: float
     flips: tuple[Flip, ...]
     not_finite: int
-    noise_ratio: float | None = None
-    ece_shift: float | None = None
-    brier_shift: float | None = None
+    noise_ratio: float | None
+    noise_ratio_low: float | None
+    noise_ratio_high: float | None
+    labelled: int
+    labels: LabelScores | None
 
 
 def measure(
@@ -66,37 +99,45 @@ def measure(
     finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(variant).all(axis=1))
     dp = np.where(finite, np.abs(p - q).max(axis=1), 1.0)
     flips = _flips(p, np.where(finite[:, None], q, 0.0), labels)
-    low, high = wilson(len(dp) - len(flips), len(dp))
-    ece_shift, brier_shift = _calibration_shift(p, q, labels, truth)
-    mean = float(dp.mean())
+    agreement_low, agreement_high = wilson(len(dp) - len(flips), len(dp))
+    p99_low, p99_high = quantile_interval(dp, 0.99)
+    p999_low, p999_high = quantile_interval(dp, 0.999)
+    mean, (mean_low, mean_high) = float(dp.mean()), mean_interval(dp)
+    divergence = _kld(p, q, activation)[finite]
+    kld_low, kld_high = mean_interval(divergence) if finite.any() else (None, None)
+    rows, classes = _known(labels, truth)
     return Drift(
         texts=len(dp),
         max_abs_dp=float(dp.max()),
+        beyond_max_high=rule_of_three(len(dp)),
         p999_abs_dp=float(np.quantile(dp, 0.999)),
+        p999_abs_dp_low=p999_low,
+        p999_abs_dp_high=p999_high,
         p99_abs_dp=float(np.quantile(dp, 0.99)),
+        p99_abs_dp_low=p99_low,
+        p99_abs_dp_high=p99_high,
         mean_abs_dp=mean,
+        mean_abs_dp_low=mean_low,
+        mean_abs_dp_high=mean_high,
         max_abs_dlogit=float(np.abs(np.float64(reference) - variant)[finite].max(initial=0.0)),
-        kld=float(_kld(p, q, activation)[finite].mean()) if finite.any() else math.inf,
+        kld=float(divergence.mean()) if finite.any() else None,
+        kld_low=kld_low,
+        kld_high=kld_high,
         agreement=1 - len(flips) / len(dp),
-        agreement_low=low,
-        agreement_high=high,
+        agreement_low=agreement_low,
+        agreement_high=agreement_high,
         flips=tuple(flips),
         not_finite=int((~finite).sum()),
-        noise_ratio=mean / bf16_mean_abs_dp if bf16_mean_abs_dp else None,
-        ece_shift=ece_shift,
-        brier_shift=brier_shift,
+        noise_ratio=_ratio(mean, bf16_mean_abs_dp),
+        noise_ratio_low=_ratio(mean_low, bf16_mean_abs_dp),
+        noise_ratio_high=_ratio(mean_high, bf16_mean_abs_dp),
+        labelled=len(rows),
+        labels=_label_scores(p[rows], q[rows], classes) if len(rows) else None,
     )
 
 
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval (95 % by default) of a proportion."""
-    if trials == 0:
-        return 0.0, 1.0
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+def _ratio(value: float | None, yardstick: float | None) -> float | None:
+    return value / yardstick if value is not None and yardstick else None
 
 
 def expected_calibration_error(probabilities: FloatArray, correct: npt.NDArray[np.bool_], bins: int = 15) -> float:
@@ -130,21 +171,46 @@ def _kld(p: FloatArray, q: FloatArray, activation: Activation) -> FloatArray:
     return result
 
 
-def _calibration_shift(
-    p: FloatArray, q: FloatArray, labels: Sequence[str], truth: Sequence[str | None] | None
-) -> tuple[float | None, float | None]:
-    """ECE and Brier score of the variant minus those of the reference, on the texts whose label is known."""
+def _known(
+    labels: Sequence[str], truth: Sequence[str | None] | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The rows whose label is known, and which label it is."""
     index = {label: i for i, label in enumerate(labels)}
     known = [(row, index[name]) for row, name in enumerate(truth or ()) if name in index]
-    if not known:
-        return None, None
-    rows, classes = np.array([row for row, _ in known]), np.array([c for _, c in known])
-    target = np.eye(len(labels))[classes]
+    return np.array([row for row, _ in known], np.int64), np.array([label for _, label in known], np.int64)
 
-    def scores(x: FloatArray) -> tuple[float, float]:
-        chosen = x[rows]
-        brier = float(((chosen - target) ** 2).sum(axis=1).mean())
-        return expected_calibration_error(chosen, chosen.argmax(axis=1) == classes), brier
 
-    (ece_p, brier_p), (ece_q, brier_q) = scores(p), scores(q)
-    return ece_q - ece_p, brier_q - brier_p
+def brier_score(probabilities: FloatArray, classes: npt.NDArray[np.int64]) -> float:
+    """Mean squared distance of [texts, labels] from the known label's one-hot vector, summed over labels (Brier 1950)."""
+    target = np.eye(probabilities.shape[1])[classes]
+    return float(((probabilities - target) ** 2).sum(axis=1).mean())
+
+
+def _label_scores(p: FloatArray, q: FloatArray, classes: npt.NDArray[np.int64]) -> LabelScores:
+    """Scores of the variant's probabilities q, and their shift from the reference's p, on texts of known label."""
+    right_p, right_q = p.argmax(axis=1) == classes, q.argmax(axis=1) == classes
+
+    def ece(x: FloatArray, right: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]) -> float:
+        return expected_calibration_error(x[rows], right[rows])
+
+    def ece_shift(rows: npt.NDArray[np.int64]) -> float:
+        return ece(q, right_q, rows) - ece(p, right_p, rows)
+
+    def brier_shift(rows: npt.NDArray[np.int64]) -> float:
+        return brier_score(q[rows], classes[rows]) - brier_score(p[rows], classes[rows])
+
+    everything = np.arange(len(classes))
+    ece_low, ece_high = bootstrap_interval(ece_shift, len(classes))
+    brier_low, brier_high = bootstrap_interval(brier_shift, len(classes))
+    return LabelScores(
+        accuracy=float(right_q.mean()),
+        accuracy_shift=float(right_q.mean() - right_p.mean()),
+        ece=ece(q, right_q, everything),
+        ece_shift=ece_shift(everything),
+        ece_shift_low=ece_low,
+        ece_shift_high=ece_high,
+        brier=brier_score(q, classes),
+        brier_shift=brier_shift(everything),
+        brier_shift_low=brier_low,
+        brier_shift_high=brier_high,
+    )

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -254,7 +254,7 @@ def add_reference(golden: GoldenSet, checkpoint: Checkpoint, report: Reporter, *
     ids = golden.input_ids()
     with report(f"PyTorch float32 reference on {len(ids)} texts", len(ids)) as tick:
         run = run_reference(checkpoint, ids, progress=tick)
-    noise = None
+    noise = bf16 = None
     if yardstick:
         with report(f"PyTorch bfloat16 on {len(ids)} texts (the yardstick)", len(ids)) as tick:
             bf16 = reference_logits(checkpoint, ids, dtype="bfloat16", progress=tick)
@@ -270,7 +270,7 @@ def add_reference(golden: GoldenSet, checkpoint: Checkpoint, report: Reporter, *
         label_mass_mean=None if run.label_mass is None else float(run.label_mass.mean()),
         label_mass_min=None if run.label_mass is None else float(run.label_mass.min()),
     )
-    return with_logits(golden, run.logits, info)
+    return replace(with_logits(golden, run.logits, info), bfloat16=bf16)
 
 
 @contextmanager

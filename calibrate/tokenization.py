@@ -18,7 +18,7 @@ from itertools import islice
 
 import numpy as np
 
-from samescore.calibrate.metrics import wilson
+from samescore.calibrate.intervals import rule_of_three, wilson
 from samescore.calibrate.reference import ReferenceTokenizer, load_tokenizer
 from samescore.calibrate.token_faults import name_difference
 from samescore.export.checkpoint import Checkpoint
@@ -187,7 +187,5 @@ def _described(text: str, theirs: Ids, ours: Ids) -> str:
 
 
 def _upper(different: int, texts: int) -> float:
-    if texts == 0:
-        return 1.0
     # z of a one-sided 95 % bound.
-    return 1 - 0.05 ** (1 / texts) if different == 0 else wilson(different, texts, z=1.644854)[1]
+    return wilson(different, texts, z=1.644854)[1] if different else rule_of_three(texts)

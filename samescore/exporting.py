@@ -34,6 +34,7 @@ from samescore.calibrate.golden import (
 )
 from samescore.calibrate.next_token import mass_warning
 from samescore.calibrate.reference import Reporter, add_reference
+from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, Scores, write_scores
 from samescore.calibrate.search import Budget, search
 from samescore.calibrate.stages import read_model, stages_of
 from samescore.calibrate.tokenization import TokenizationEquality
@@ -149,7 +150,7 @@ def export_bundle(
         )
         specs = [calibrated.within(spec, budgets[spec.name]) if spec.name in budgets else spec for spec in specs]
         built = calibrated.build(specs)
-        certificate = _measure(
+        certificate, scores = _measure(
             checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report
         )
         certificate = replace(certificate, tokenization=tokenization)
@@ -167,6 +168,7 @@ def export_bundle(
             activation=checkpoint.activation,
             variants=tuple(built),
         )
+        (staging / SCORES_NAME).write_bytes(write_scores(scores))
         manifest = _write(staging, manifest, checkpoint, tokenizer, texts, certificate, facts)
         with report("writing"):
             publish(staging, target)
@@ -319,14 +321,20 @@ def _measure(
     labels: Sequence[str],
     prefix: npt.NDArray[np.int64],
     report: Reporter,
-) -> Certificate:
-    """Every built variant against the golden set's reference. Any box can measure a plain ONNX file on its CPU."""
+) -> tuple[Certificate, Scores]:
+    """Every built variant against the golden set's reference, and the logits behind the numbers.
+
+    Any box can measure a plain ONNX file on its CPU.
+    """
     threads = available_threads()
     parity: dict[str, VariantParity] = {}
+    diagnosis = Diagnosis(texts, labels, checkpoint.activation, checkpoint, staging)
+    scores: Scores = {} if texts.bfloat16 is None else {BFLOAT16: texts.bfloat16}
     for spec in specs:
         with report(f"measuring {spec.name} on {len(texts.texts)} golden texts", len(texts.texts)) as tick:
-            parity[spec.name] = certify(
-                SessionMaker(read_model(staging / spec.name), "cpu"),
+            open_session = SessionMaker(read_model(staging / spec.name), "cpu")
+            certified = certify(
+                open_session,
                 texts,
                 labels=labels,
                 activation=checkpoint.activation,
@@ -335,13 +343,9 @@ def _measure(
                 prefix=prefix,
                 progress=tick,
             )
+        parity[spec.name], scores[spec.name] = diagnosis.told(certified, open_session, spec.precision)
     assert texts.reference is not None
-    certificate = Certificate(texts.reference, environment(threads), parity)
-    precisions = {spec.name: spec.precision for spec in specs}
-    diagnosis = Diagnosis(texts, labels, checkpoint.activation, checkpoint, staging)
-    return diagnosis.of_all(
-        certificate, lambda name: (SessionMaker(read_model(staging / name), "cpu"), precisions[name])
-    )
+    return Certificate(texts.reference, environment(threads), parity), scores
 
 
 def compact_json(raw: bytes) -> bytes:

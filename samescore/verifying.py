@@ -18,7 +18,7 @@ from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.bundle import Bundle
 from samescore.runtime.contract import text_of_record
 from samescore.runtime.errors import BundleError, ProviderError, UsageError
-from samescore.runtime.manifest import LabelToken, Manifest, Precision, Target, Variant
+from samescore.runtime.manifest import LabelToken, Manifest, Target, Variant
 from samescore.runtime.providers import available_targets, choose
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
@@ -83,12 +83,12 @@ def verify(
             golden, note = _reference(golden, checkpoint, manifest, report)
         threads = available_threads()
         parity: dict[str, VariantParity] = {}
-        measured: dict[str, tuple[SessionMaker, Precision]] = {}
+        diagnosis = Diagnosis(golden, manifest.labels, manifest.activation, checkpoint)
         for chosen, target in _runnable(manifest, variant, provider):
-            measured[chosen.name] = SessionMaker(bundle.model(chosen), target), chosen.precision
+            open_session = SessionMaker(bundle.model(chosen), target)
             with report(f"measuring {chosen.name} on {len(golden.texts)} texts", len(golden.texts)) as tick:
-                parity[chosen.name] = certify(
-                    measured[chosen.name][0],
+                certified = certify(
+                    open_session,
                     golden,
                     labels=manifest.labels,
                     activation=manifest.activation,
@@ -97,11 +97,9 @@ def verify(
                     prefix=encoder.prefix_ids,
                     progress=tick,
                 )
-        assert golden.reference is not None
-        certificate = Certificate(golden.reference, environment(threads), parity, tokenization)
-        diagnosis = Diagnosis(golden, manifest.labels, manifest.activation, checkpoint)
-        certificate = diagnosis.of_all(certificate, measured.__getitem__)
-    return VerifyResult(checked, certificate, note)
+            parity[chosen.name] = diagnosis.told(certified, open_session, chosen.precision).parity
+    assert golden.reference is not None
+    return VerifyResult(checked, Certificate(golden.reference, environment(threads), parity, tokenization), note)
 
 
 def _texts(bundle: Bundle, texts: str | os.PathLike[str] | None, *, has_reference: bool) -> GoldenSet:

@@ -13,9 +13,12 @@ import pytest
 
 from samescore import export_bundle, load, verify
 from samescore.calibrate.golden import read_golden
+from samescore.calibrate.metrics import measure
+from samescore.calibrate.scores import read_scores
 from samescore.cli import main
 from samescore.exporting import compact_json
 from samescore.runtime import Bundle, BundleError, CheckpointError, GateError, InputError, ProviderError, UsageError
+from samescore.runtime.manifest import parse_manifest
 
 from .conftest import tiny_bert
 
@@ -30,7 +33,7 @@ def test_what_a_bundle_holds(bert_bundle):
     variants = ("cpu-fp32", "cpu-int8", "migraphx-fp16")
     model_files = [f"{variant}/model.onnx{suffix}" for variant in variants for suffix in ("", ".data")]
     assert names(bert_bundle) == sorted(
-        ["README.md", "bundle.json", "golden.jsonl", "parity.json", "tokenizer.json", *model_files]
+        ["README.md", "bundle.json", "golden.jsonl", "parity.json", "scores.npz", "tokenizer.json", *model_files]
     )
     with Bundle(bert_bundle) as bundle:
         manifest = bundle.manifest
@@ -44,7 +47,7 @@ def test_what_a_bundle_holds(bert_bundle):
 def test_the_certificate_says_what_was_measured(bert_bundle):
     parity = json.loads((bert_bundle / "parity.json").read_text())
     fp32 = parity["variants"]["cpu-fp32"]
-    assert fp32["verdict"] == {"passed": True, "failures": []}
+    assert fp32["verdict"] == {"outcome": "PASS", "failures": [], "notes": []}
     assert fp32["drift"]["texts"] == 60 and fp32["drift"]["max_abs_dp"] < 5e-6
     assert fp32["drift"]["agreement_low"] == pytest.approx(60 / (60 + 1.959964**2))
     assert parity["variants"]["cpu-int8"]["drift"]["noise_ratio"] > 0
@@ -56,6 +59,19 @@ def test_the_certificate_says_what_was_measured(bert_bundle):
     assert parity["reference"]["dtype"] == "float32" and parity["reference"]["torch"].startswith("2.")
     for key in ("onnxruntime", "cpu", "threads", "int8_flags", "python", "numpy"):
         assert key in parity["environment"]
+
+
+def test_the_scores_give_the_certificate_s_numbers_again(bert_bundle):
+    scores = read_scores((bert_bundle / "scores.npz").read_bytes())
+    golden = read_golden(bert_bundle / "golden.jsonl")
+    manifest = parse_manifest((bert_bundle / "bundle.json").read_bytes())
+    parity = json.loads((bert_bundle / "parity.json").read_text())
+    assert list(scores) == ["bfloat16", *parity["variants"]]
+    for name, variant in parity["variants"].items():
+        drift = measure(golden.logits(), scores[name], manifest.labels, manifest.activation)
+        assert (drift.max_abs_dp, drift.kld) == (variant["drift"]["max_abs_dp"], variant["drift"]["kld"])
+    bf16 = measure(golden.logits(), scores["bfloat16"], manifest.labels, manifest.activation)
+    assert bf16.mean_abs_dp == parity["reference"]["bf16_mean_abs_dp"]
 
 
 def test_the_golden_logits_are_pytorch_s(bert_bundle, bert_checkpoint):

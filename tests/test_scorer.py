@@ -69,7 +69,7 @@ def test_the_certificate_measures_what_the_runtime_does(scorer_bundle):
         )
         assert parity["variants"][variant]["drift"]["max_abs_dlogit"] == worst
     fp32 = parity["variants"]["cpu-fp32"]
-    assert fp32["verdict"]["passed"] and fp32["invariance"]["workers"] == 0
+    assert fp32["verdict"]["outcome"] == "PASS" and fp32["invariance"]["workers"] == 0
     assert 0 < fp32["invariance"]["prefix"] < 1e-5 and fp32["invariance"]["neighbours"] < 1e-5
 
 

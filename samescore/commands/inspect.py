@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         drift, verdict = (parity["variants"][variant.name][key] for key in ("drift", "verdict"))
         print(
             f"variant     {variant.name}: {variant.target}, {size / 1e6:.1f} MB; N={drift['texts']}, "
-            f"max |Δp| {drift['max_abs_dp']:.1e}, p99 {drift['p99_abs_dp']:.1e}, gate {'PASS' if verdict['passed'] else 'FAIL'}"
+            f"max |Δp| {drift['max_abs_dp']:.1e}, p99 {drift['p99_abs_dp']:.1e}, gate {verdict['outcome']}"
         )
         if "exact" in variant.recipe:
             print(f"            in float: {variant.recipe['exact']}")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from samescore.calibrate.gate import TOLERANCES, judge
-from samescore.calibrate.metrics import expected_calibration_error, measure, wilson
+from samescore.calibrate.metrics import expected_calibration_error, measure
 
 LABELS = ("no", "yes")
 
@@ -31,7 +31,12 @@ def test_numbers_of_a_known_case():
     assert (flip.text, flip.reference, flip.variant) == (3, "yes", "no")
     assert flip.margin == pytest.approx(0.2, abs=1e-6)
     # Brier score over both labels: 2 (1 - p_true)^2, on the three texts whose label is known.
-    assert drift.brier_shift == pytest.approx(2 * (0.2**2 - 0.1**2) / 3, abs=1e-6)
+    assert drift.labelled == 3
+    assert drift.labels.brier_shift == pytest.approx(2 * (0.2**2 - 0.1**2) / 3, abs=1e-6)
+    assert drift.labels.brier == pytest.approx(2 * (0.5**2 + 0.2**2 + 0.2**2) / 3, abs=1e-6)
+    assert drift.labels.brier_shift_low <= drift.labels.brier_shift <= drift.labels.brier_shift_high
+    # The four-text quantile has no upper bound.
+    assert drift.p99_abs_dp_high is None and drift.beyond_max_high == pytest.approx(1 - 0.05**0.25)
 
 
 def test_identical_logits_have_no_drift():
@@ -39,7 +44,7 @@ def test_identical_logits_have_no_drift():
     drift = measure(x, x, ("a", "b", "c"), "softmax")
     assert drift.max_abs_dp == drift.kld == drift.max_abs_dlogit == 0
     assert drift.agreement == 1 and not drift.flips
-    assert drift.ece_shift is None and drift.noise_ratio is None
+    assert drift.labels is None and drift.labelled == 0 and drift.noise_ratio is None
 
 
 def test_sigmoid_labels_are_independent():
@@ -66,15 +71,6 @@ def test_noise_ratio():
     assert drift.noise_ratio == pytest.approx(2, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    # Reference values: R, binom::binom.confint(x, n, methods = "wilson").
-    ("successes", "trials", "low", "high"),
-    [(300, 300, 0.98736, 1.0), (0, 10, 0.0, 0.27753), (5, 10, 0.23659, 0.76341), (299, 300, 0.98136, 0.99941)],
-)
-def test_wilson(successes, trials, low, high):
-    assert wilson(successes, trials) == pytest.approx((low, high), abs=1e-5)
-
-
 def test_expected_calibration_error():
     p = np.array([[0.1, 0.9], [0.1, 0.9], [0.4, 0.6], [0.4, 0.6]])
     correct = np.array([True, False, True, True])
@@ -88,14 +84,37 @@ class TestGate:
         said = "; ".join(verdict.failures)
         assert "max_abs_dp 4.00e-01 > 5e-02" in said
         assert "mean_abs_dp" in said
-        assert "label agreement 0.9900 < 0.995 (1 of 100 flipped)" in said
+        assert "label agreement 0.9900 < 0.995 (1 of 100 flipped, 0 of them near ties)" in said
         assert "text 99 flipped with margin 0.600 > 0.1" in said
 
     def test_a_near_tie_may_flip_in_int8_but_not_in_fp32(self):
         reference, variant = logits_of([0.9] * 399 + [0.5001]), logits_of([0.9] * 399 + [0.4999])
         drift = measure(reference, variant, LABELS, "softmax")
-        assert judge(drift, TOLERANCES["int8"]).passed
-        assert not judge(drift, TOLERANCES["fp32"]).passed
+        assert judge(drift, TOLERANCES["int8"]).outcome == "PASS"
+        assert judge(drift, TOLERANCES["fp32"]).outcome == "FAIL"
+
+    def test_labels_of_near_ties_are_ambiguous(self):
+        tie = 1e-6
+        reference = logits_of([0.9] * 50 + [0.5 + tie])
+        drift = measure(reference, logits_of([0.9] * 50 + [0.5 - tie]), LABELS, "softmax")
+        verdict = judge(drift, TOLERANCES["fp32"])
+        assert verdict.outcome == "AMBIGUOUS" and verdict.passed and not verdict.failures
+        assert "of 1 flipped texts only 0 had a reference margin above 2e-05" in verdict.notes[0]
+
+    def test_one_far_flip_fails_whatever_else_is_a_tie(self):
+        tie = 1e-6
+        reference, variant = [0.9] * 50 + [0.5 + tie, 0.52], [0.9] * 50 + [0.5 - tie, 0.48]
+        verdict = judge(measure(logits_of(reference), logits_of(variant), LABELS, "softmax"), TOLERANCES["int8"])
+        assert verdict.outcome == "AMBIGUOUS"  # int8 may move either by 0.02: both are ties
+        verdict = judge(measure(logits_of(reference), logits_of(variant), LABELS, "softmax"), TOLERANCES["fp16"])
+        assert verdict.outcome == "FAIL" and "2 of 52 flipped, 1 of them near ties" in "; ".join(verdict.failures)
+
+    def test_few_texts_are_said_to_be_few(self):
+        same = logits_of([0.3] * 100)
+        (note,) = judge(measure(same, same, LABELS, "softmax"), TOLERANCES["int8"]).notes
+        assert "100 texts only bound the rate of changes by 2.95%" in note and "600 texts are needed for 0.50%" in note
+        same = logits_of([0.3] * 600)
+        assert not judge(measure(same, same, LABELS, "softmax"), TOLERANCES["int8"]).notes
 
     @pytest.mark.parametrize("precision", list(TOLERANCES))
     def test_no_drift_passes(self, precision):

@@ -468,7 +468,7 @@ def test_an_adapter_from_end_to_end(bert_checkpoint, bert_adapter, texts_files, 
     assert manifest["source"]["name"] == "run/checkpoint-9" and manifest["labels"] == ["Left", "Center", "Right"]
     assert manifest["source"]["base"]["sha256"] == Checkpoint(bert_checkpoint).sha256()
     parity = json.loads((bundle / "parity.json").read_text())
-    assert all(variant["verdict"]["passed"] for variant in parity["variants"].values())
+    assert all(variant["verdict"]["outcome"] == "PASS" for variant in parity["variants"].values())
     assert parity["variants"]["cpu-fp32"]["drift"]["max_abs_dp"] < 1e-5
     card = (bundle / "README.md").read_text()
     assert "folder `run/checkpoint-9`" in card and "LoRA adapter on the base\nfolder `checkpoint`" in card

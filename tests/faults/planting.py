@@ -51,7 +51,9 @@ def diagnosis_of(folder: Path, variant, checkpoint, sequences, reference, *, kno
     """What the diagnosis of a built variant says. known: whether it may look at the checkpoint."""
     texts = tuple(GoldenText({"text": ""}, None, ids, row) for ids, row in zip(sequences, reference, strict=True))
     told = Diagnosis(GoldenSet(None, texts), checkpoint.labels, checkpoint.activation, checkpoint if known else None)
-    return told.of(SessionMaker(read_model(folder), "cpu"), variant_spec(variant).precision)
+    open_session = SessionMaker(read_model(folder), "cpu")
+    logits = score_all(Reader(open_session(1)), sequences, workers=1)
+    return told.of(logits, open_session, variant_spec(variant).precision)
 
 
 def after_logits(folder: Path, operator, **attributes):

@@ -1,0 +1,42 @@
+"""`scores.npz`: the very logits a certificate was made from, so that anyone can compute its numbers again.
+
+One float32 array [texts, labels] per variant, in the golden set's order, and `bfloat16`: the reference's own run, where it was
+measured. The reference's float32 logits are in the golden set.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from samescore.runtime.errors import BundleError
+
+SCORES_NAME = "scores.npz"
+BFLOAT16 = "bfloat16"
+Scores = dict[str, npt.NDArray[np.float32]]
+
+
+def write_scores(scores: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
+    """The same arrays always give the same bytes."""
+    stream = io.BytesIO()
+    np.savez_compressed(stream, allow_pickle=False, **scores)
+    return stream.getvalue()
+
+
+def read_scores(raw: bytes) -> Scores:
+    """The arrays by name; BundleError for anything but float32 [texts, labels]."""
+    try:
+        with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
+            scores = {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{SCORES_NAME} cannot be read: {error}") from error
+    for name, array in scores.items():
+        if array.dtype != np.float32 or array.ndim != 2:
+            raise BundleError(
+                f"{SCORES_NAME}: {name} is {array.dtype} of shape {array.shape}, not float32 [texts, labels]"
+            )
+    return scores
