@@ -59,7 +59,13 @@ class Diagnosis:
         short = [sequences[i] for i in few]
         said = [
             output_fault(reference, logits, self.labels, self.activation)
-            or position_fault(open_session(available_threads()), short, reference[few], logits[few])
+            or position_fault(
+                open_session(available_threads()),
+                short,
+                reference[few],
+                logits[few],
+                longest=max(map(len, sequences)),
+            )
             or self._pooled(short, reference[few], logits[few])
         ]
         if said == [None]:

@@ -65,14 +65,19 @@ def explains(hypothesis: FloatArray, reference: FloatArray, variant: FloatArray)
 
 
 def position_fault(
-    session: Session, sequences: Sequence[Ids], reference: npt.NDArray[np.float32], variant: npt.NDArray[np.float32]
+    session: Session,
+    sequences: Sequence[Ids],
+    reference: npt.NDArray[np.float32],
+    variant: npt.NDArray[np.float32],
+    *,
+    longest: int,
 ) -> str | None:
     """Which position before the last real token a causal variant pools, found by adding tokens; or None.
 
     What a causal network computes at one position does not depend on the tokens behind it. So if the logits of a text with
     k more tokens are the reference's without them, the variant reads k positions before the last one.
+    longest: tokens that the graph can surely read.
     """
-    longest = max(map(len, sequences))
     rows = [i for i, ids in enumerate(sequences) if 1 < len(ids) <= longest - EARLIER]
     if len(rows) < 2:
         return None
