@@ -72,12 +72,17 @@ class TokenizationEquality:
 
 
 def check_tokenization(
-    checkpoint: Checkpoint, encoder: TextEncoder, texts: Sequence[str], count: int = 100_000, seed: int = 0
+    checkpoint: Checkpoint,
+    encoder: TextEncoder,
+    texts: Sequence[str],
+    count: int = 100_000,
+    seed: int = 0,
+    progress: Callable[[], None] | None = None,
 ) -> TokenizationEquality:
     """Compare `encoder` with the tokenizer that transformers loads from the checkpoint on up to `count` distinct strings.
 
     texts: as the contract takes them (a conversation or a pair already rendered); they come first, and everything else is
-    made of them. MissingDependencyError without transformers.
+    made of them. progress: called for each BATCH of strings. MissingDependencyError without transformers.
     """
     reference = load_tokenizer(checkpoint)
     compared = 0
@@ -93,6 +98,8 @@ def check_tokenization(
             wanted.append(theirs)
             found.append(ours)
             first = first if first is not None else _described(text, theirs, ours)
+        if progress is not None:
+            progress()
     if first is not None:
         first = f"{name_difference(wanted, found, encoder.spell)}. {first}"
     return TokenizationEquality(compared, len(wanted), first, _upper(len(wanted), compared), seed)

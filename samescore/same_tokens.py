@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from samescore.calibrate.reference import Reporter
-from samescore.calibrate.tokenization import TokenizationEquality, check_tokenization
+from samescore.calibrate.tokenization import BATCH, TokenizationEquality, check_tokenization
 from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.errors import GateError, UsageError
 from samescore.runtime.tokenizer import TextEncoder
@@ -23,8 +23,8 @@ def tokenization_equality(
         raise UsageError(f"--tokenization-texts must be at least 0, got {wanted}")
     if wanted == 0:
         return None
-    with report(f"comparing token ids with transformers on up to {wanted} strings"):
-        return check_tokenization(checkpoint, encoder, texts, wanted)
+    with report(f"comparing token ids with transformers on up to {wanted} strings", -(-wanted // BATCH)) as tick:
+        return check_tokenization(checkpoint, encoder, texts, wanted, progress=tick)
 
 
 def refuse_difference(found: TokenizationEquality | None, checkpoint: Checkpoint) -> None:
