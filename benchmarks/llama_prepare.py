@@ -42,7 +42,7 @@ def ours(arguments: argparse.Namespace) -> None:
     statistics = None
     if recipe.smoothing is not None:
         sequences = read_calibration(arguments.calibration)
-        statistics = collect_statistics(checkpoint, sequences, workspace=arguments.output)
+        statistics = collect_statistics(checkpoint, sequences, workspace=arguments.output).statistics
     build_graph(checkpoint, recipe, arguments.output, statistics=statistics)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,27 @@ from samescore.export.recipes import tap_name
 from samescore.runtime.prefill import Ids
 
 
+@dataclass(frozen=True)
+class CalibrationRun:
+    """What the float32 graph says of the calibration texts: statistics of every linear layer's input channels, and logits
+    float32 [texts, labels].
+    """
+
+    statistics: Mapping[str, ChannelStatistics]
+    logits: npt.NDArray[np.float32]
+
+
 def collect_statistics(
     checkpoint: Checkpoint,
     input_ids: Sequence[Ids],
     *,
     workspace: Path | None = None,
     progress: Callable[[], None] | None = None,
-) -> dict[str, ChannelStatistics]:
-    """Statistics of every linear layer's input channels over the texts; a text weighs as much as any other.
+) -> CalibrationRun:
+    """Run the float32 graph over texts' ids int64 [sequence]; a text weighs as much as any other.
 
-    A float32 graph is built in a temporary folder below `workspace`, run on each text, and removed; where the
-    architecture has stages, one after the other, so that one stage's weights are in memory and on disk at a time.
+    The graph is built in a temporary folder below `workspace`, run on each text, and removed; where the architecture has
+    stages, one after the other, so that one stage's weights are in memory and on disk at a time.
     """
     inputs: list[Flow] = [ids[None, :] for ids in input_ids]
     found: dict[str, ChannelStatistics] = {}
@@ -46,4 +57,4 @@ def collect_statistics(
                 high=np.max(runs[tap_name(site, "high")], axis=0),
                 mean=np.asarray(np.mean(runs[tap_name(site, "mean")], axis=0, dtype=np.float64), dtype=np.float32),
             )
-    return found
+    return CalibrationRun(found, np.concatenate(inputs).astype(np.float32))

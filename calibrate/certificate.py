@@ -12,7 +12,9 @@ from pathlib import Path
 from samescore.calibrate.gate import Tolerance, Verdict
 from samescore.calibrate.golden import ReferenceInfo
 from samescore.calibrate.metrics import Drift
-from samescore.calibrate.tokenization import TokenizationEquality
+from samescore.calibrate.token_faults import TokenizationEquality
+from samescore.runtime.errors import BundleError
+from samescore.runtime.manifest import parse_as
 
 CERTIFICATE_NAME = "parity.json"
 SCHEMA_VERSION = 1
@@ -37,12 +39,16 @@ class Invariance:
 
 @dataclass(frozen=True)
 class VariantParity:
-    """One variant's numbers, the tolerance they were held against, the verdict, and what a failing one suffers from."""
+    """One variant's numbers, the tolerance they were held against, the verdict, and what a failing one suffers from.
+
+    before: the drift without the variant's recalibration; None where it has none.
+    """
 
     drift: Drift
     invariance: Invariance
     tolerance: Tolerance
     verdict: Verdict
+    before: Drift | None = None
     diagnosis: str | None = None
 
 
@@ -63,6 +69,26 @@ class Certificate:
         """UTF-8 JSON, two spaces."""
         document = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def parse_certificate(raw: bytes) -> Certificate:
+    """The bytes of `parity.json`, strictly; BundleError names the first thing that is wrong."""
+    try:
+        document = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BundleError(f"{CERTIFICATE_NAME} is not JSON: {error}") from error
+    keys = {"schema_version", "reference", "environment", "variants", "tokenization"}
+    if not isinstance(document, dict) or document.keys() != keys or document["schema_version"] != SCHEMA_VERSION:
+        raise BundleError(f"{CERTIFICATE_NAME} is no certificate of schema {SCHEMA_VERSION}; it needs {sorted(keys)}")
+    environment, variants, tokenization = (document[key] for key in ("environment", "variants", "tokenization"))
+    if not isinstance(environment, dict) or not isinstance(variants, dict):
+        raise BundleError(f"{CERTIFICATE_NAME}: environment and variants must be objects")
+    return Certificate(
+        reference=parse_as(ReferenceInfo, document["reference"], "reference"),
+        environment=environment,
+        variants={name: parse_as(VariantParity, value, f"variants[{name!r}]") for name, value in variants.items()},
+        tokenization=None if tokenization is None else parse_as(TokenizationEquality, tokenization, "tokenization"),
+    )
 
 
 def environment(threads: int) -> dict[str, object]:

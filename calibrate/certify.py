@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from samescore.calibrate.certificate import Invariance, VariantParity
-from samescore.calibrate.gate import TOLERANCES, judge
+from samescore.calibrate.gate import TOLERANCES, Tolerance, judge
 from samescore.calibrate.golden import GoldenSet
-from samescore.calibrate.metrics import measure
+from samescore.calibrate.metrics import Drift, measure
+from samescore.calibrate.recalibrate import judged_pair
 from samescore.runtime.bundle import ModelBytes
 from samescore.runtime.manifest import Activation, Precision, Target
 from samescore.runtime.prefill import Ids, Reader, feeds_for, logits_of, state_after
+from samescore.runtime.recalibration import Recalibration
 from samescore.runtime.scheduler import run_longest_first
 from samescore.runtime.session import Session
 
@@ -51,27 +53,55 @@ def certify(
     precision: Precision,
     threads: int,
     prefix: Ids | None = None,
+    recalibration: Recalibration | None = None,
     progress: Callable[[], None] | None = None,
 ) -> Certified:
     """Measure one variant against the golden set's reference logits, and judge it.
 
     open_session: makes a session with that many threads per call. threads: CPU threads to use in all. prefix: the ids that
     the bundle's texts begin with (`TextEncoder.prefix_ids`): texts are read exactly as the runtime reads them.
+    recalibration: the variant's; what is judged are the probabilities after it.
     """
     sequences = golden.input_ids()
     logits = score_all(Reader(open_session(1), prefix), sequences, workers=threads, progress=progress)
-    reference = golden.reference
-    drift = measure(
-        golden.logits(),
-        logits,
-        labels,
-        activation,
-        truth=golden.labels(),
-        bf16_mean_abs_dp=reference.bf16_mean_abs_dp if reference else None,
-    )
     invariance = check_invariance(Reader(open_session(threads), prefix), sequences, logits)
-    tolerance = TOLERANCES[precision]
-    return Certified(VariantParity(drift, invariance, tolerance, judge(drift, tolerance)), logits)
+    parity = parity_of(
+        logits,
+        golden,
+        labels=labels,
+        activation=activation,
+        tolerance=TOLERANCES[precision],
+        invariance=invariance,
+        recalibration=recalibration,
+    )
+    return Certified(parity, logits)
+
+
+def parity_of(
+    logits: npt.NDArray[np.float32],
+    golden: GoldenSet,
+    *,
+    labels: Sequence[str],
+    activation: Activation,
+    tolerance: Tolerance,
+    invariance: Invariance,
+    recalibration: Recalibration | None,
+) -> VariantParity:
+    """What a variant's raw logits [texts, labels] say: the drift of what its user gets, the verdict, the drift before."""
+    reference = golden.reference
+
+    def drift_with(correction: Recalibration | None) -> Drift:
+        return measure(
+            *judged_pair(golden.logits(), logits, correction),
+            labels,
+            activation,
+            truth=golden.labels(),
+            bf16_mean_abs_dp=reference.bf16_mean_abs_dp if reference else None,
+        )
+
+    drift = drift_with(recalibration)
+    before = None if recalibration is None else drift_with(None)
+    return VariantParity(drift, invariance, tolerance, judge(drift, tolerance), before)
 
 
 def score_all(

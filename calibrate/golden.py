@@ -5,12 +5,16 @@
     {"messages": [...], ...}
 
 Logits are float32 written as `float.hex()`. A file without the first line, or without ids and logits, is a list of texts.
+Either may be gzip-compressed. A line may also say its `label`, its `language`, and the `slice` of the set that it belongs to.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +29,11 @@ from samescore.runtime.errors import BundleError, InputError
 from samescore.runtime.manifest import parse_as
 from samescore.runtime.tokenizer import TextEncoder
 
+GOLDEN_NAME = "golden.jsonl"
 FORMAT = 1
+# A compressed file may unfold to no more bytes than this.
+MAX_BYTES = 200_000_000
+GZIP_MAGIC = b"\x1f\x8b"
 TEXT_FIELDS = ("text", "messages", "prompt", "response")
 
 
@@ -50,12 +58,17 @@ class ReferenceInfo:
 
 @dataclass(frozen=True)
 class GoldenText:
-    """One text as handed in, with its ids int64 [sequence] and reference logits float32 [labels] once known."""
+    """One text as handed in, with its ids int64 [sequence] and reference logits float32 [labels] once known.
+
+    label: what it is known to be. slice, language: what kind of text it is, as `adversarial` and `en`. Each None if not said.
+    """
 
     record: Mapping[str, Any]
     label: str | None
     input_ids: npt.NDArray[np.int64] | None = None
     logits: npt.NDArray[np.float32] | None = None
+    slice: str | None = None
+    language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,11 +109,11 @@ class GoldenSet:
 
 
 def read_golden(source: Path | bytes, name: str | None = None) -> GoldenSet:
-    """Read a golden set or a plain list of texts (JSONL); InputError names the first bad line."""
+    """Read a golden set or a plain list of texts (JSONL, or JSONL in gzip); InputError names the first bad line."""
     where = name or str(source)
     try:
         raw = source if isinstance(source, bytes) else source.read_bytes()
-        lines = raw.decode().split("\n")  # not splitlines: a JSON string may hold U+2028
+        lines = unpacked(raw, where).decode().split("\n")  # not splitlines: a JSON string may hold U+2028
     except OSError as error:
         raise InputError(f"{where} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -128,6 +141,25 @@ def read_golden(source: Path | bytes, name: str | None = None) -> GoldenSet:
     return golden if reference else golden.without_reference()
 
 
+def unpacked(raw: bytes, where: str) -> bytes:
+    """The bytes as they are, or what gzip made them from; InputError when that is broken or beyond MAX_BYTES."""
+    if not raw.startswith(GZIP_MAGIC):
+        return raw
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as packed:
+            plain = packed.read(MAX_BYTES + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(
+            f"{where} is cut off or not a whole gzip file ({error}): write or download it again"
+        ) from error
+    if len(plain) > MAX_BYTES:
+        raise InputError(
+            f"{where} unfolds to more than {MAX_BYTES // 10**6} MB, the most that is read from gzip: split it, or hand it in "
+            "uncompressed"
+        )
+    return plain
+
+
 def write_golden(golden: GoldenSet) -> bytes:
     """The golden set as JSONL."""
     lines = [json.dumps({"golden": FORMAT, "reference": asdict(golden.reference) if golden.reference else None})]
@@ -135,6 +167,10 @@ def write_golden(golden: GoldenSet) -> bytes:
         document = dict(text.record)
         if text.label is not None:
             document["label"] = text.label
+        if text.slice is not None:
+            document["slice"] = text.slice
+        if text.language is not None:
+            document["language"] = text.language
         if text.input_ids is not None:
             document["input_ids"] = [int(i) for i in text.input_ids]
         if text.logits is not None:
@@ -171,6 +207,12 @@ def text_digests(golden: GoldenSet, contract: TextContract) -> set[str]:
     return {hashlib.sha256(text_of_record(text.record, contract).encode()).hexdigest() for text in golden.texts}
 
 
+def without_texts(golden: GoldenSet, digests: set[str], contract: TextContract) -> GoldenSet:
+    """The set without the texts of these digests."""
+    kept = (text for text in golden.texts if not text_digests(GoldenSet(None, (text,)), contract) & digests)
+    return replace(golden, texts=tuple(kept))
+
+
 def with_logits(golden: GoldenSet, logits: npt.NDArray[np.float32], reference: ReferenceInfo) -> GoldenSet:
     """The set with reference logits [texts, labels] filled in."""
     texts = tuple(replace(text, logits=row) for text, row in zip(golden.texts, logits, strict=True))
@@ -197,7 +239,16 @@ def _text(document: Mapping[str, Any]) -> GoldenText:
         label=label if isinstance(label, str) else None,
         input_ids=None if ids is None else _int_array(ids),
         logits=None if logits is None else np.array([_float(x) for x in logits], dtype=np.float32),
+        slice=_said(document, "slice"),
+        language=_said(document, "language"),
     )
+
+
+def _said(document: Mapping[str, Any], field: str) -> str | None:
+    value = document.get(field)
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"`{field}` must be a string, got {json.dumps(value, ensure_ascii=False)[:80]}")
+    return value
 
 
 def _int_array(values: Iterable[Any]) -> npt.NDArray[np.int64]:

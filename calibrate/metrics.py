@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,8 +87,8 @@ class Drift:
 
 
 def measure(
-    reference: npt.NDArray[np.float32],
-    variant: npt.NDArray[np.float32],
+    reference: npt.NDArray[Any],
+    variant: npt.NDArray[Any],
     labels: Sequence[str],
     activation: Activation,
     *,

@@ -1,7 +1,7 @@
 """`scores.npz`: the very logits a certificate was made from, so that anyone can compute its numbers again.
 
-One float32 array [texts, labels] per variant, in the golden set's order, and `bfloat16`: the reference's own run, where it was
-measured. The reference's float32 logits are in the golden set.
+One float32 array [texts, labels] per variant, in the golden set's order: raw logits, before any recalibration. And
+`bfloat16`: the reference's own run, where it was measured. The reference's float32 logits are in the golden set.
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ def stage_feeds(session: Session, value: Flow) -> dict[str, npt.NDArray[Any]]:
     length = value.shape[1]
     if "lengths" in session.inputs:
         return {"hidden": value, "lengths": np.array([length], np.int32)}
-    return {"hidden": value, "attention_mask": np.ones((1, length), np.int64)}
+    if "attention_mask" in session.inputs:
+        return {"hidden": value, "attention_mask": np.ones((1, length), np.int64)}
+    return {"hidden": value}
 
 
 def run_stage(session: Session, values: Sequence[Flow]) -> list[Flow]:

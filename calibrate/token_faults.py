@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,21 @@ from samescore.runtime.prefill import Ids
 SPELLED = 12
 # An edit explains a set of texts when so many of them have it: texts that are cut at the limit have others.
 SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class TokenizationEquality:
+    """How many distinct strings were compared, how many gave other ids, and the first of those.
+
+    upper95: upper bound of the rate of differing strings among such strings, one-sided 95 % (exact for none: 1 - 0.05^(1/N)),
+    if they were drawn at random. seed: of the mixtures.
+    """
+
+    texts: int
+    different: int
+    first_difference: str | None
+    upper95: float
+    seed: int
 
 
 class Edit(NamedTuple):

@@ -13,14 +13,13 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from samescore.calibrate.intervals import rule_of_three, wilson
 from samescore.calibrate.reference import ReferenceTokenizer, load_tokenizer
-from samescore.calibrate.token_faults import name_difference
+from samescore.calibrate.token_faults import TokenizationEquality, name_difference
 from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.errors import InputError
 from samescore.runtime.prefill import Ids
@@ -54,21 +53,6 @@ SYMBOLS = (
     "##",
 )
 SENTENCE = re.compile(r"[^.!?。！？\n]+[.!?。！？\n]*")
-
-
-@dataclass(frozen=True)
-class TokenizationEquality:
-    """How many distinct strings were compared, how many gave other ids, and the first of those.
-
-    upper95: upper bound of the rate of differing strings among such strings, one-sided 95 % (exact for none: 1 - 0.05^(1/N)),
-    if they were drawn at random. seed: of the mixtures.
-    """
-
-    texts: int
-    different: int
-    first_difference: str | None
-    upper95: float
-    seed: int
 
 
 def check_tokenization(

@@ -27,9 +27,9 @@ class Architecture:
     """A hand-built graph: the classes of transformers it stands for, the function that builds it, and what it offers.
 
     classifiers: classes with a trained head. language_models: classes that label tokens make a classifier of
-    (`TokenScorer`). variants: names, the first is the default. parts: what a recipe may keep exact, by stage. stages: the
-    layers, cut so that calibration holds one stage at a time; or None for a graph that is built whole. bounded: its plain
-    form reads texts up to a limit only, so `build` takes `max_tokens`.
+    (`TokenScorer`). variants: names, the first is the default. parts: what a recipe may choose a format for, by stage.
+    stages: the layers, cut so that calibration holds one stage at a time; or None for a graph that is built whole.
+    bounded: its plain form reads texts up to a limit only, so `build` takes `max_tokens`.
     """
 
     classifiers: tuple[str, ...]
@@ -52,7 +52,7 @@ def architectures() -> tuple[Architecture, ...]:
     except ImportError as error:
         raise MissingDependencyError(f"export needs {error.name}: pip install 'samescore[export]'") from error
     return (
-        Architecture((bert.ARCHITECTURE,), (), bert.build, bert.VARIANTS, bert.parts),
+        Architecture((bert.ARCHITECTURE,), (), bert.build, bert.VARIANTS, bert.parts, bert.stages),
         Architecture(
             (llama.ARCHITECTURE,), ("LlamaForCausalLM",), llama.build, llama.VARIANTS, llama.parts, llama.stages
         ),
@@ -162,8 +162,8 @@ def build_variant(
         "smoothing": "from calibration texts" if statistics and spec.recipe.smoothing else "none",
         "graph": "fused operators, no padding" if spec.recipe.contrib else "plain ONNX, attention mask",
     }
-    if spec.recipe.exact:
-        recipe["exact"] = " ".join(spec.recipe.exact)
+    if spec.recipe.choices:
+        recipe["parts"] = " ".join(f"{part}={chosen}" for part, chosen in spec.recipe.choices)
     inputs = tuple(value.name for value in model.graph.inputs)
     variant = _variant(spec, inputs, spec.recipe.opset, recipe, (DATA_NAME,))
     return replace(variant, max_tokens=architecture.limit(spec.recipe, max_tokens))

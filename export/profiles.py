@@ -51,8 +51,9 @@ class Profile:
     source: a hub id, or the name of a model that ships with the package. contract: how its text is made; None where the
     checkpoint alone decides. labels: what the card calls them, for a checkpoint that only numbers its labels.
     label_tokens: of a language model, the tokens whose probabilities are the score. adapter: where in the repository the
-    adapter lies. texts: the folder of the package that holds its golden and calibration texts, or None. available: whether
-    this version can export it. licence: what the source's card says.
+    adapter lies. texts: the folder of the package that holds its golden and calibration texts, or None. golden_limit,
+    calibration_limit: how many of these an export uses when nothing else is asked for, None: all. available: whether this
+    version can export it. licence: what the source's card says.
     """
 
     name: str
@@ -66,7 +67,12 @@ class Profile:
     labels: tuple[str, ...] | None = None
     label_tokens: tuple[str, ...] = ()
     adapter: str | None = None
+    golden_limit: int | None = None
+    calibration_limit: int | None = None
 
+
+# A model of a billion parameters needs about a second of a CPU for each golden text, more than once.
+LARGE_GOLDEN, LARGE_CALIBRATION = 300, 100
 
 PROFILES: tuple[Profile, ...] = (
     Profile(
@@ -75,7 +81,7 @@ PROFILES: tuple[Profile, ...] = (
         source="agentlans/multilingual-e5-small-refusal-classifier",
         summary="refusal or not, of an assistant in a conversation; BERT 12x384, 512 tokens",
         contract=CONVERSATION_512,
-        texts="models/refusal-tiny",
+        texts="texts/conversations",
         available=True,
         licence="MIT",
     ),
@@ -99,6 +105,8 @@ PROFILES: tuple[Profile, ...] = (
         available=True,
         licence="Apache-2.0 by its card; the base is under the Llama 3.2 Community License",
         labels=("China-biased", "Western-biased"),
+        golden_limit=LARGE_GOLDEN,
+        calibration_limit=LARGE_CALIBRATION,
     ),
     Profile(
         name="news-bias",
@@ -106,11 +114,13 @@ PROFILES: tuple[Profile, ...] = (
         source="tzoulio/news-bias-finder-llama-3.2-1B",
         summary="Left, Center or Right news article; LoRA on Llama-3.2-1B",
         contract=ARTICLE_8192,
-        texts="texts/articles",
+        texts="texts/news",
         available=True,
         licence="none stated on its card; the base is under the Llama 3.2 Community License",
         labels=("Left", "Center", "Right"),
         adapter="checkpoint-4506",
+        golden_limit=LARGE_GOLDEN,
+        calibration_limit=LARGE_CALIBRATION,
     ),
     Profile(
         name="political-leaning",
@@ -118,10 +128,12 @@ PROFILES: tuple[Profile, ...] = (
         source="zhezhou1106/political-leaning-classifier-v2",
         summary="leaning 0-4 of an article, from five digit tokens; Qwen3.5-4B",
         contract=LEANING_8192,
-        texts="texts/news",
+        texts="texts/articles",
         available=True,
         licence="none stated on its card; its base is Qwen3.5-4B",
         label_tokens=("0", "1", "2", "3", "4"),
+        golden_limit=LARGE_GOLDEN,
+        calibration_limit=LARGE_CALIBRATION,
     ),
     Profile(
         name="civic-aligned",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from samescore.runtime.errors import UsageError, did_you_mean
@@ -11,7 +12,18 @@ from samescore.runtime.manifest import Precision, Target
 # Statistics of a linear layer's input channels that a tapped graph also outputs, and the operators that make them.
 TAPS = {"low": "ReduceMin", "high": "ReduceMax", "mean": "ReduceMean"}
 
-NumberFormat = Literal["float32", "float16", "int8-row", "int8-weights", "int8-blocks", "int4-blocks"]
+NumberFormat = Literal[
+    "float32", "float16", "int8-row", "int8-row-a16", "int16-row", "int8-weights", "int8-blocks", "int4-blocks"
+]
+
+# What a part of the network may have instead of its format, cheapest first; the last is all but exact.
+FINER: dict[NumberFormat, tuple[NumberFormat, ...]] = {
+    "int8-row": ("int8-row-a16", "int16-row"),
+    "int4-blocks": ("int8-row", "int8-row-a16", "int16-row"),
+    "int8-weights": ("float16",),
+    "int8-blocks": ("float16",),
+}
+FINER_EMBEDDING: dict[NumberFormat, tuple[NumberFormat, ...]] = {"int8-row": ("float16",)}
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,8 @@ class Recipe:
     """How a graph stores and computes.
 
     linear: format of the weight matrices. `int8-row` is int8 weights per output channel times uint8 activations with
-      one dynamic scale per token; `int8-weights` is int8 weights per output channel, dequantized to float16;
+      one dynamic scale per token (W8A8); `int8-row-a16` has activations of two int8 digits (W8A16), `int16-row` weights too
+      (W16A16); `int8-weights` is int8 weights per output channel, dequantized to float16;
       `int8-blocks` has one scale per 128 weights of a column (fewer where 128 does not divide it), `int4-blocks` one per
       32; the operator multiplies them by float activations, which it may round to int8 blocks on a CPU.
     embedding: format of the word embedding table; `int8-row` has one scale per row.
@@ -28,8 +41,8 @@ class Recipe:
     smoothing: whether scales from calibration texts are folded in: int8 activations are smoothed (and centred, where the
       architecture can), rounded weights favour channels with large activations.
     state: decoders also take and return their KV cache, for shared prefixes and for long texts in chunks.
-    exact: parts of the network that are not quantized, by the beginning of their weights' names (`model.layers.0.mlp`):
-      matrices keep the float type, an embedding becomes float16.
+    choices: parts of the network, by the beginning of their weights' names (`model.layers.0.mlp`), and the format that
+      they have instead of `linear` or `embedding`.
     """
 
     linear: NumberFormat
@@ -40,11 +53,24 @@ class Recipe:
     smoothing: bool = False
     half: bool = False
     state: bool = False
-    exact: tuple[str, ...] = ()
+    choices: tuple[tuple[str, NumberFormat], ...] = ()
 
-    def keeps(self, name: str) -> bool:
-        """Whether a weight or a linear layer of that name lies in an exact part."""
-        return any(name == part or name.startswith(f"{part}.") for part in self.exact)
+    def format_of(self, name: str, default: NumberFormat | None = None) -> NumberFormat:
+        """The format of a weight or linear layer of that name; default: `linear`."""
+        for part, chosen in self.choices:
+            if name == part or name.startswith(f"{part}."):
+                return chosen
+        return default or self.linear
+
+    def options(self, part: str) -> tuple[NumberFormat, ...]:
+        """The formats that a part may have, from its present one to all but exact."""
+        if "embed" in part:
+            return (self.embedding, *FINER_EMBEDDING.get(self.embedding, ()))
+        return (self.linear, *FINER.get(self.linear, ()))
+
+    def choosing(self, choices: Mapping[str, NumberFormat]) -> Recipe:
+        """The same with these parts in these formats."""
+        return replace(self, choices=tuple(choices.items()))
 
 
 @dataclass(frozen=True)

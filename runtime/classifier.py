@@ -40,7 +40,8 @@ class Classifier:
     workers: texts scored at the same time when several are handed in (default: one per thread; 1 for models of more than
     512 MiB, because single texts and several at once need a session each). max_tokens: where to cut longer texts, instead
     of the bundle's limit. low_memory: keep weights in the page cache instead of repacking them (loads faster, runs
-    somewhat slower). Raises BundleError, ProviderError or UsageError.
+    somewhat slower). raw: probabilities without the variant's recalibration, if it has one. Raises BundleError, ProviderError
+    or UsageError.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Classifier:
         workers: int | None = None,
         max_tokens: int | None = None,
         low_memory: bool = False,
+        raw: bool = False,
     ):
         for name, value in (("threads", threads), ("workers", workers)):
             if value is not None and value < 1:
@@ -62,6 +64,7 @@ class Classifier:
             self.manifest: Manifest = bundle.manifest
             self.digest = bundle.digest
             self.variant, self.target = choose(bundle.manifest, provider=provider, variant=variant)
+            self.recalibration = None if raw else self.variant.recalibration
             contract = bundle.manifest.contract.with_max_tokens(max_tokens)
             limit = self.variant.max_tokens
             if limit is not None and contract.max_tokens > limit:
@@ -201,6 +204,7 @@ class Classifier:
                 tokens=len(item.input_ids),
                 truncated=item.truncated,
                 values=manifest.values,
+                recalibration=self.recalibration,
             )
             for row, item in zip(rows, encoded, strict=True)
         ]

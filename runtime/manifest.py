@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from samescore.runtime.contract import TextContract, template_error
 from samescore.runtime.errors import BundleError, UsageError, did_you_mean
+from samescore.runtime.recalibration import Recalibration, problem_of
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"
@@ -75,7 +76,8 @@ class Variant:
     where it can go on from a state, `past_*` float32 [batch, heads, tokens, head size]. The outputs are `logits` float32
     [batch, labels] and a `present_*` for each `past_*`.
     `max_tokens` is the longest text that the graph can read, None where memory alone decides.
-    `recipe` says how the weights and activations are stored, for people and for rebuilding.
+    `recipe` says how the weights and activations are stored, for people and for rebuilding. `recalibration` corrects the
+    logits before probabilities are computed, or is None.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Variant:
     opset: int
     max_tokens: int | None
     recipe: Mapping[str, str]
+    recalibration: Recalibration | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,9 @@ def _check(manifest: Manifest) -> None:
                 raise BundleError(
                     f"{MANIFEST_NAME}: variant {variant.name} names {path!r}, which `files` does not list"
                 )
+        correction = variant.recalibration
+        if correction and (wrong := problem_of(correction, len(manifest.labels), manifest.activation)):
+            raise BundleError(f"{MANIFEST_NAME}: the recalibration of variant {variant.name}: {wrong}")
 
 
 def _check_scorer(manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from samescore.runtime.errors import UsageError
 from samescore.runtime.manifest import Activation
+from samescore.runtime.recalibration import Recalibration, calibrated
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Prediction:
     logits: the raw float32 outputs in the same order. tokens: the length the model read. truncated: whether the text
     was cut to the contract's limit. entropy: of the softmax probabilities, -sum p ln p in nats, from 0 (sure) to
     ln(labels); None where each label has a sigmoid of its own. expected_value: sum p * value over ordinal labels; None
-    where labels have no values.
+    where labels have no values. calibrated_logits: what the probabilities come from where the variant has a
+    recalibration, None where that is `logits`.
     """
 
     label: str
@@ -32,19 +34,25 @@ class Prediction:
     truncated: bool
     entropy: float | None = None
     expected_value: float | None = None
+    calibrated_logits: tuple[float, ...] | None = None
 
     @property
     def margin(self) -> float:
-        """The raw margin of a two-label model: the second label's logit minus the first's (log-odds of the second)."""
+        """The margin of a two-label model: the second label's logit minus the first's (log-odds of the second).
+
+        It follows the recalibration as the probabilities do; the raw one is `logits[1] - logits[0]`.
+        """
         if len(self.logits) != 2:
             raise UsageError(f"a margin is of two labels; this model has {len(self.logits)}: use log_odds(label)")
-        return self.logits[1] - self.logits[0]
+        first, second = self.calibrated_logits or self.logits
+        return second - first
 
     def log_odds(self, label: str) -> float:
-        """log(p / (1 - p)) of a label's softmax probability, from the logits: it does not saturate as p does."""
+        """log(p / (1 - p)) of a label's softmax probability, from the (calibrated) logits: it does not saturate."""
         index = list(self.probabilities).index(label)
-        others = np.delete(np.asarray(self.logits, dtype=np.float64), index)
-        return self.logits[index] - float(np.logaddexp.reduce(others))
+        logits = self.calibrated_logits or self.logits
+        others = np.delete(np.asarray(logits, dtype=np.float64), index)
+        return logits[index] - float(np.logaddexp.reduce(others))
 
     def to_record(self) -> dict[str, Any]:
         """The fields that go into an output line; `entropy` and `expected_value` where there are any."""
@@ -83,9 +91,11 @@ def predict(
     tokens: int,
     truncated: bool,
     values: Sequence[float] | None = None,
+    recalibration: Recalibration | None = None,
 ) -> Prediction:
-    """The Prediction for one row of logits [labels]; values: of ordinal labels, in their order."""
-    row = probabilities_of(logits, activation)
+    """The Prediction for one row of raw logits [labels]; values: of ordinal labels, in their order."""
+    corrected = calibrated(logits, recalibration)
+    row = probabilities_of(corrected, activation)
     best = int(row.argmax())
     return Prediction(
         label=labels[best],
@@ -96,4 +106,5 @@ def predict(
         truncated=truncated,
         entropy=entropy_of(row) if activation == "softmax" else None,
         expected_value=None if values is None else float(row @ np.asarray(values, dtype=np.float64)),
+        calibrated_logits=None if recalibration is None else tuple(float(x) for x in corrected),
     )

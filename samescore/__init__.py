@@ -12,6 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from samescore.calibrating import CalibrationResult, calibrate_bundle
+    from samescore.comparing import CompareResult, compare
     from samescore.exporting import ExportResult, export_bundle
     from samescore.runtime import Classifier, Prediction, RewardFunction, SamescoreError, load
     from samescore.verifying import VerifyResult, verify
@@ -21,25 +23,33 @@ __version__ = "0.1.0"
 # `samescore.export` is the room that makes bundles, so the function that runs it is `export_bundle`.
 # Name → module: imported on first use, so that scoring never loads what only export needs.
 _HOMES = {
+    "CalibrationResult": "samescore.calibrating",
     "Classifier": "samescore.runtime",
+    "CompareResult": "samescore.comparing",
     "ExportResult": "samescore.exporting",
     "Prediction": "samescore.runtime",
     "RewardFunction": "samescore.runtime",
     "SamescoreError": "samescore.runtime",
     "VerifyResult": "samescore.verifying",
+    "compare": "samescore.comparing",
+    "calibrate_bundle": "samescore.calibrating",
     "export_bundle": "samescore.exporting",
     "load": "samescore.runtime",
     "verify": "samescore.verifying",
 }
 
 __all__ = [
+    "CalibrationResult",
     "Classifier",
+    "CompareResult",
     "ExportResult",
     "Prediction",
     "RewardFunction",
     "SamescoreError",
     "VerifyResult",
     "__version__",
+    "calibrate_bundle",
+    "compare",
     "export_bundle",
     "load",
     "verify",

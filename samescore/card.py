@@ -54,7 +54,7 @@ same token ids of the {next(iter(certificate.variants.values())).drift.texts} te
 {TABLE_LEGEND} Every number, interval and flip is in `parity.json`. Measured with ONNX Runtime
 {environment["onnxruntime"]} on {environment["cpu"]} (CPU provider), {environment["threads"]} threads. Check it on your own
 box, without PyTorch: `samescore verify BUNDLE`.
-
+{_recalibrations(manifest, certificate)}
 ## Use
 
 ```python
@@ -104,6 +104,24 @@ def _label_tokens(manifest: Manifest, certificate: Certificate) -> str:
     return (
         f"\nIt is a language model read as a classifier: the logits are those of the next token after the text, of {tokens}; "
         f"the probabilities are their softmax. {mass}{warning}{prompt}\n"
+    )
+
+
+def _recalibrations(manifest: Manifest, certificate: Certificate) -> str:
+    """Which variants' logits are corrected and how that was fitted; nothing where none is."""
+    lines = [
+        f"- `{v.name}`: {v.recalibration.summary}. Golden texts without it: max Δp {before.max_abs_dp:.1e}, p99 "
+        f"{before.p99_abs_dp:.1e}, mean {before.mean_abs_dp:.1e}."
+        for v in manifest.variants
+        if v.recalibration and (before := certificate.variants[v.name].before)
+    ]
+    if not lines:
+        return ""
+    return (
+        '\nProbabilities are computed from corrected logits (`.logits` stays raw; `load("BUNDLE", raw=True)` and '
+        "`classify --raw` leave the\ncorrection out). The table is measured after the correction:\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 

@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from samescore import __version__
-from samescore.commands import classify, export, inspect, profiles, verify
+from samescore.commands import calibrate, classify, compare, export, inspect, profiles, report, verify
 from samescore.commands.output import EXIT_INPUT, EXIT_INTERRUPTED, EXIT_OK
 from samescore.runtime.errors import SamescoreError
 
-COMMANDS = (profiles, export, inspect, verify, classify)
+COMMANDS = (profiles, export, inspect, verify, calibrate, compare, report, classify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from samescore._progress import silent, step
 from samescore.adapted import AdapterOptions
-from samescore.calibrate.activations import collect_statistics
+from samescore.calibrate.activations import CalibrationRun, collect_statistics
+from samescore.calibrate.budget import Budget
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
 from samescore.calibrate.diagnose import Diagnosis
@@ -28,16 +29,16 @@ from samescore.calibrate.gate import TOLERANCES
 from samescore.calibrate.golden import (
     GoldenSet,
     encode_golden,
-    read_golden,
     text_digests,
+    without_texts,
     write_golden,
 )
 from samescore.calibrate.next_token import mass_warning
 from samescore.calibrate.reference import Reporter, add_reference
 from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, Scores, write_scores
-from samescore.calibrate.search import Budget, search
+from samescore.calibrate.search import search
 from samescore.calibrate.stages import read_model, stages_of
-from samescore.calibrate.tokenization import TokenizationEquality
+from samescore.calibrate.token_faults import TokenizationEquality
 from samescore.card import model_card
 from samescore.export.adapter import AdaptedCheckpoint
 from samescore.export.build import architecture_of, build_variant, check_buildable, check_variant
@@ -45,8 +46,8 @@ from samescore.export.checkpoint import Checkpoint
 from samescore.export.hub import fetch, is_hub_id
 from samescore.export.profiles import Profile, contract_for, find_profile, labels_for, profile_named
 from samescore.export.publish import check_target, file_entries, publish, staging_folder
-from samescore.export.quantize import ChannelStatistics
 from samescore.export.recipes import VariantSpec, variant_spec
+from samescore.packaged import PACKAGE, Limit, calibration_set, golden_set
 from samescore.runtime.contract import text_of_record
 from samescore.runtime.errors import CheckpointError, GateError, UsageError
 from samescore.runtime.manifest import (
@@ -64,10 +65,7 @@ from samescore.runtime.tokenizer import TextEncoder
 from samescore.same_tokens import refuse_difference, tokenization_equality
 from samescore.scored import label_tokens_of, open_classifier, values_of
 
-PACKAGE = Path(__file__).parent
-DEFAULT_TEXTS = "models/refusal-tiny"
 GOLDEN_NAME = "golden.jsonl"
-CALIBRATION_NAME = "calibration.jsonl"
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def export_bundle(
     golden: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | None = None,
     max_tokens: int | None = None,
-    golden_limit: int | None = None,
+    golden_limit: Limit = None,
     budget: str | None = None,
     allow_drift: bool = False,
     tokenization_texts: int | None = None,
@@ -112,9 +110,10 @@ def export_bundle(
     in place of the base that the adapter names. label_tokens: of a language model, the texts (one token each) whose
     probabilities as the next token are the score (default: the profile's). golden, calibration: JSONL files of texts;
     golden texts may hold reference logits, otherwise PyTorch computes them. max_tokens: where the bundle cuts longer texts
-    (default: the profile's limit). golden_limit: use only that many golden texts, from the first (large models take long
-    on a CPU). budget: `gate` or `p99=…,mean=…,max=…`: parts of the network stay in float where quantized variants need it to
-    stay inside (found on the calibration texts). allow_drift: write the bundle even if a gate fails; its certificate says so.
+    (default: the profile's limit). golden_limit: use only that many golden texts, from the first, or `all` (default: all
+    of `golden`; of the texts that ship, the profile's usual number, as large models take long on a CPU). budget: `gate` or
+    `p99=…,mean=…,max=…`: parts of the network stay in float where quantized variants need it to stay inside (found on the
+    calibration texts). allow_drift: write the bundle even if a gate fails; its certificate says so.
     tokenization_texts: on how many strings token ids are compared with the Hugging Face tokenizer's when PyTorch computes the
     reference (default: 100000; 0: none).
 
@@ -133,7 +132,7 @@ def export_bundle(
     labels = labels_for(checkpoint, facts)
     tokenizer = compact_json(checkpoint.tokenizer_bytes())
     encoder = TextEncoder(tokenizer, contract)
-    texts = _golden_texts(golden, facts, opened, encoder, golden_limit)
+    texts = _golden_texts(golden, facts, opened, encoder, golden_limit, report)
     needs_statistics = any(spec.recipe.smoothing for spec in specs) and architecture_of(checkpoint)
     calibration_texts = (
         _calibration_texts(calibration, facts, encoder, texts) if needs_statistics else GoldenSet(None, ())
@@ -270,9 +269,9 @@ class _Calibrated:
         self.prefix = prefix
         self.staging = staging
         self.report = report
-        self.statistics = self._statistics()
+        self.run = self._run()
 
-    def _statistics(self) -> Mapping[str, ChannelStatistics] | None:
+    def _run(self) -> CalibrationRun | None:
         if not self.input_ids:
             return None
         count = len(self.input_ids)
@@ -281,19 +280,20 @@ class _Calibrated:
             return collect_statistics(self.checkpoint, self.input_ids, workspace=self.staging, progress=tick)
 
     def within(self, spec: VariantSpec, budget: Budget) -> VariantSpec:
-        """The variant with the parts exact that the budget needs."""
+        """The variant with the formats that the budget needs."""
+        assert self.run is not None  # every quantized recipe is calibrated
         choice = search(
             self.checkpoint,
             spec.recipe,
             budget,
             self.input_ids,
-            self.statistics,
+            self.run,
             max_tokens=self.max_tokens,
             prefix=self.prefix,
             workspace=self.staging,
             report=self.report,
         )
-        return replace(spec, recipe=replace(spec.recipe, exact=choice.exact))
+        return replace(spec, recipe=spec.recipe.choosing(choice.formats))
 
     def build(self, specs: Sequence[VariantSpec]) -> list[Variant]:
         """Every variant into the staging folder."""
@@ -306,7 +306,7 @@ class _Calibrated:
                         spec,
                         self.staging,
                         max_tokens=self.max_tokens,
-                        statistics=self.statistics,
+                        statistics=self.run.statistics if self.run else None,
                     )
                 )
         return built
@@ -379,13 +379,11 @@ def _golden_texts(
     facts: Profile | None,
     source: Source,
     encoder: TextEncoder,
-    limit: int | None,
+    limit: Limit,
+    report: Reporter,
 ) -> GoldenSet:
     """The golden set, tokenized. Stored logits count only for the checkpoint they were made from."""
-    if limit is not None and limit < 1:
-        raise UsageError(f"--golden-limit must be at least 1, got {limit}")
-    golden = read_golden(Path(path) if path else PACKAGE / _texts_of(facts) / GOLDEN_NAME)
-    golden = golden.first(limit)
+    golden, total = golden_set(path, facts, limit)
     if golden.reference is not None and golden.reference.checkpoint_sha256 != source.sha256:
         if path is not None:
             raise UsageError(
@@ -394,26 +392,24 @@ def _golden_texts(
                 "Remove its first line to let PyTorch compute them again"
             )
         golden = golden.without_reference()
-    return encode_golden(golden, encoder)
-
-
-def _texts_of(facts: Profile | None) -> str:
-    return facts.texts if facts and facts.texts else DEFAULT_TEXTS
+    with report(f"tokenizing {len(golden.texts)} of {total} golden texts"):
+        return encode_golden(golden, encoder)
 
 
 def _calibration_texts(
     path: str | os.PathLike[str] | None, facts: Profile | None, encoder: TextEncoder, golden: GoldenSet
 ) -> GoldenSet:
-    """The calibration texts, tokenized; UsageError when one of them is a golden text."""
-    name = Path(path) if path else PACKAGE / _texts_of(facts) / CALIBRATION_NAME
-    texts = encode_golden(read_golden(name).without_reference(), encoder)
-    shared = text_digests(texts, encoder.contract) & text_digests(golden, encoder.contract)
-    if shared:
+    """The calibration texts, tokenized, none of them a golden text: UsageError when the user's own file holds one."""
+    texts, judging = calibration_set(path, facts), text_digests(golden, encoder.contract)
+    shared = text_digests(texts, encoder.contract) & judging
+    if shared and path is None:
+        texts = without_texts(texts, shared, encoder.contract)
+    elif shared:
         raise UsageError(
             f"{len(shared)} calibration texts are golden texts too: a recipe must not be fitted on the texts that judge "
             "it. Name other ones with --calibration"
         )
-    return texts
+    return encode_golden(texts, encoder)
 
 
 def _gate(certificate: Certificate, allow_drift: bool) -> None:

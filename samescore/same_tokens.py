@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from samescore.calibrate.reference import Reporter
-from samescore.calibrate.tokenization import BATCH, TokenizationEquality, check_tokenization
+from samescore.calibrate.token_faults import TokenizationEquality
+from samescore.calibrate.tokenization import BATCH, check_tokenization
 from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.errors import GateError, UsageError
 from samescore.runtime.tokenizer import TextEncoder

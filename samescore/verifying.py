@@ -70,7 +70,7 @@ def verify(
         with report(f"hashing {len(manifest.files)} files"):
             checked = bundle.verify_files()
         encoder = TextEncoder(bundle.read("tokenizer.json"), manifest.contract)
-        golden = _texts(bundle, texts, has_reference=reference is not None)
+        golden = reference_texts(bundle, texts, has_reference=reference is not None)
         golden = encode_golden(golden, encoder)
         note, checkpoint, tokenization = None, None, None
         if reference is not None:
@@ -80,7 +80,7 @@ def verify(
             )
             sources = [text_of_record(text.record, manifest.contract) for text in golden.texts]
             tokenization = tokenization_equality(checkpoint, encoder, sources, VERIFY_TEXTS, report)
-            golden, note = _reference(golden, checkpoint, manifest, report)
+            golden, note = fresh_reference(golden, checkpoint, manifest, report)
         threads = available_threads()
         parity: dict[str, VariantParity] = {}
         diagnosis = Diagnosis(golden, manifest.labels, manifest.activation, checkpoint)
@@ -95,6 +95,7 @@ def verify(
                     precision=chosen.precision,
                     threads=threads,
                     prefix=encoder.prefix_ids,
+                    recalibration=chosen.recalibration,
                     progress=tick,
                 )
             parity[chosen.name] = diagnosis.told(certified, open_session, chosen.precision).parity
@@ -102,7 +103,8 @@ def verify(
     return VerifyResult(checked, Certificate(golden.reference, environment(threads), parity, tokenization), note)
 
 
-def _texts(bundle: Bundle, texts: str | os.PathLike[str] | None, *, has_reference: bool) -> GoldenSet:
+def reference_texts(bundle: Bundle, texts: str | os.PathLike[str] | None, *, has_reference: bool) -> GoldenSet:
+    """The texts (default: the bundle's golden set) with the reference's logits, or bare if PyTorch will compute them."""
     if texts is None:
         golden = read_golden(bundle.read(GOLDEN_NAME), GOLDEN_NAME)
     else:
@@ -116,7 +118,7 @@ def _texts(bundle: Bundle, texts: str | os.PathLike[str] | None, *, has_referenc
     return golden
 
 
-def _reference(
+def fresh_reference(
     golden: GoldenSet, checkpoint: Checkpoint, manifest: Manifest, report: Reporter
 ) -> tuple[GoldenSet, str | None]:
     """Fresh PyTorch logits, and a note when the checkpoint is not the one the bundle was made from."""

@@ -21,10 +21,15 @@ HEAVY = {
     "safetensors",
     "ml_dtypes",
     "peft",
+    "matplotlib",
+    "jinja2",
+    "sklearn",
 }
 
 
-@pytest.mark.parametrize("module", ["samescore", "samescore.runtime", "samescore.cli"])
+@pytest.mark.parametrize(
+    "module", ["samescore", "samescore.runtime", "samescore.cli", "samescore.comparing", "samescore.reporting"]
+)
 def test_importing_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

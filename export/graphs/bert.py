@@ -21,7 +21,8 @@ import onnx_ir as ir
 
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.graphs.blocks import GraphBuilder, embedding, layer_norm
-from samescore.export.graphs.linears import Linears, make_linears
+from samescore.export.graphs.formats import make_linears
+from samescore.export.graphs.linears import Linears
 from samescore.export.intermediate import hidden_name, mixed_name
 from samescore.export.quantize import ChannelStatistics, Rescaling
 from samescore.export.recipes import Recipe
@@ -82,57 +83,80 @@ def build(
     *,
     statistics: Mapping[str, ChannelStatistics] | None = None,
     taps: bool = False,
+    stage: range | None = None,
 ) -> ir.Model:
     """The classifier's graph in one recipe.
 
     Inputs: `input_ids` int64 [batch, sequence]; plain recipes add `attention_mask` int64 of the same shape (right
     padding), fused ones expect texts of equal length without padding. Output: `logits` float32 [batch, labels].
     statistics: by linear layer, of its input channels on calibration texts (int8 recipes).
-    taps: also output these statistics, under `tap_name`.
+    taps: also output these statistics, under `tap_name`. stage: only these layers; a stage that is not the first takes
+    `hidden` float32 [batch, sequence, hidden] in place of the ids, one that is not the last returns `hidden_after`.
     """
     g = GraphBuilder(weights, recipe)
-    bert = _Bert(g, checkpoint, BertConfig.read(checkpoint), make_linears(g, statistics=statistics, taps=taps))
-    bert.build()
+    config = BertConfig.read(checkpoint)
+    linears = make_linears(g, statistics=statistics, taps=taps)
+    _Bert(g, checkpoint, config, linears, stage or range(config.layers)).build()
     return g.model(checkpoint.architecture)
 
 
+def stages(checkpoint: Checkpoint) -> list[range]:
+    """The layers, one stage each."""
+    return [range(index, index + 1) for index in range(int(checkpoint.config["num_hidden_layers"]))]
+
+
 def parts(checkpoint: Checkpoint) -> list[list[str]]:
-    """What may be kept exact: the embedding, and each layer's attention and two halves of the feed-forward."""
-    layers = range(int(checkpoint.config["num_hidden_layers"]))
-    names = ("attention", "intermediate", "output")
-    return [["bert.embeddings", *(f"bert.encoder.layer.{i}.{name}" for i in layers for name in names)]]
+    """What a recipe may choose a format for, by stage: the embedding, and each layer's attention and feed-forward halves."""
+    names = ("attention.self", "attention.output", "intermediate", "output")
+    layers = [
+        [f"bert.encoder.layer.{i}.{name}" for name in names] for i in range(int(checkpoint.config["num_hidden_layers"]))
+    ]
+    return [["bert.embeddings", *layers[0]], *layers[1:]]
 
 
 class _Bert:
     """The graph under construction."""
 
-    def __init__(self, g: GraphBuilder, checkpoint: Checkpoint, config: BertConfig, linears: Linears):
+    def __init__(self, g: GraphBuilder, checkpoint: Checkpoint, config: BertConfig, linears: Linears, stage: range):
         self.g = g
         self.checkpoint = checkpoint
         self.config = config
         self.linears = linears
-        self.ids = g.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+        self.stage = stage
+        shape = ["batch", "sequence"]
+        if stage.start == 0:
+            self.source = g.input("input_ids", ir.DataType.INT64, shape)
+        else:
+            self.source = g.input("hidden", ir.DataType.FLOAT, [*shape, config.hidden])
         self.mask_bias = None if g.recipe.contrib else self._mask_bias()
 
     def build(self) -> None:
         """Emit every node."""
-        x = self._embeddings()
-        x.name = hidden_name(0)
-        for index in range(self.config.layers):
-            x = self._layer(x, index, last=index == self.config.layers - 1)
+        g, config = self.g, self.config
+        first = self.stage.start == 0
+        x = self._embeddings() if first else g.op("Reshape", self.source, g.ints(-1, config.hidden))
+        if not first and g.recipe.half:
+            x = g.cast(x, np.float16)
+        x.name = hidden_name(self.stage.start)
+        for index in self.stage:
+            x = self._layer(x, index, last=index == config.layers - 1)
             x.name = hidden_name(index + 1)
-        self._head(x)
+        if self.stage.stop == config.layers:
+            self._head(x)
+            return
+        hidden = self._unflatten(g.cast(x, np.float32), 1)
+        g.output(hidden, "hidden_after", ir.DataType.FLOAT, ["batch", "sequence", config.hidden])
 
     def _embeddings(self) -> ir.Value:
         g, prefix = self.g, "bert.embeddings"
         word = f"{prefix}.word_embeddings.weight"
         shape = (self.config.vocabulary, self.config.hidden)
-        x = embedding(g, word, lambda: self.checkpoint.row_chunks(word), shape, self.ids)
+        x = embedding(g, word, lambda: self.checkpoint.row_chunks(word), shape, self.source)
         segment = self._tensor(f"{prefix}.token_type_embeddings.weight")[0]
         positions = g.weight(
             f"{prefix}.position_embeddings.weight", self._tensor(f"{prefix}.position_embeddings.weight") + segment
         )
-        length = g.op("Shape", self.ids, start=1, end=2)
+        length = g.op("Shape", self.source, start=1, end=2)
         x = g.op("Add", x, g.op("Slice", positions, g.ints(0), length, g.ints(0)))
         rows = g.op("Reshape", x, g.ints(-1, self.config.hidden))
         return self._norm(rows, f"{prefix}.LayerNorm", wide=True)
@@ -233,7 +257,7 @@ class _Bert:
     def _unflatten(self, rows: ir.Value, width: int) -> ir.Value:
         """[batch * n, width * hidden] → [batch, n, width * hidden]."""
         g = self.g
-        batch = g.op("Shape", self.ids, start=0, end=1)
+        batch = g.op("Shape", self.source, start=0, end=1)
         shape = g.op("Concat", batch, g.ints(-1, width * self.config.hidden), axis=0)
         return g.op("Reshape", rows, shape)
 

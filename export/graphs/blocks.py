@@ -126,10 +126,10 @@ class GraphBuilder:
 
 def embedding(g: GraphBuilder, name: str, chunks: Callable[[], Any], shape: tuple[int, int], ids: ir.Value) -> ir.Value:
     """Rows of a table by ids, float32. `chunks()` yields the table as float32 blocks of rows."""
-    exact = g.recipe.keeps(name)
-    if g.recipe.embedding == "int8-row" and not exact:
+    number_format = g.recipe.format_of(name, g.recipe.embedding)
+    if number_format == "int8-row":
         return _int8_embedding(g, name, chunks, shape, ids)
-    half = g.recipe.embedding != "float32"
+    half = number_format != "float32"
     tensor = g.weights.add_chunks(name, chunks(), shape, np.float16 if half else np.float32)
     rows = g.op("Gather", g._initializer(tensor, name), ids)
     return g.op("Cast", rows, to=ir.DataType.FLOAT.value) if half else rows

@@ -93,7 +93,7 @@ def layer_stages(checkpoint: Checkpoint) -> list[range]:
 
 
 def layer_parts(mixers: Sequence[str]) -> list[list[str]]:
-    """What may be kept exact, by stage: the embedding, each layer's token mixer and its feed-forward."""
+    """What a recipe may choose a format for, by stage: the embedding, each layer's token mixer and its feed-forward."""
     parts = [[f"model.layers.{i}.{mixer}", f"model.layers.{i}.mlp"] for i, mixer in enumerate(mixers)]
     return [["model.embed_tokens", *parts[0]], *parts[1:]]
 

@@ -25,7 +25,7 @@ from samescore.export.graphs.decoder import (
     layer_parts,
     layer_stages,
 )
-from samescore.export.graphs.linears import make_linears
+from samescore.export.graphs.formats import make_linears
 from samescore.export.quantize import ChannelStatistics, Rescaling
 from samescore.export.recipes import Recipe
 from samescore.export.weights import WeightFile

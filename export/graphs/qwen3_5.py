@@ -35,7 +35,8 @@ from samescore.export.graphs.decoder import (
     layer_stages,
 )
 from samescore.export.graphs.delta_net import DeltaHeads, FusedDeltaNet, PlainDeltaNet
-from samescore.export.graphs.linears import Linears, make_linears, silu
+from samescore.export.graphs.formats import make_linears
+from samescore.export.graphs.linears import Linears, silu
 from samescore.export.graphs.rope import rope_parameters
 from samescore.export.quantize import ChannelStatistics, Rescaling
 from samescore.export.recipes import Recipe

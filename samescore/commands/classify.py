@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--allow-role-tokens", action="store_true", help="leave role tokens inside message contents as they are"
     )
+    command.add_argument("--raw", action="store_true", help="probabilities without the variant's recalibration")
     command.set_defaults(run=run)
 
 
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         workers=workers,
         max_tokens=arguments.max_tokens,
         low_memory=arguments.low_memory,
+        raw=arguments.raw,
     )
     failed = scored = 0
     with _input_lines(arguments) as lines, output(arguments.output) as write, step("scored") as tick:

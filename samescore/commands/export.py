@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from samescore.commands.output import EXIT_OK, label_mass
 
@@ -48,7 +48,10 @@ def add(commands: Any) -> None:
         "--calibration", metavar="FILE", help="JSONL texts for activation ranges; none of the golden ones"
     )
     command.add_argument(
-        "--golden-limit", metavar="N", type=int, help="use only the first N golden texts (large models, slow machines)"
+        "--golden-limit",
+        metavar="N",
+        type=_limit,
+        help="use only the first N golden texts, or `all` (default: all of --golden, the profile's number of those that ship)",
     )
     command.add_argument(
         "--max-tokens", metavar="N", type=int, help="cut longer texts here (default: the profile's limit)"
@@ -69,6 +72,15 @@ def add(commands: Any) -> None:
         help="compare token ids with the Hugging Face tokenizer's on N strings made of the texts (default: 100000; 0: none)",
     )
     command.set_defaults(run=run)
+
+
+def _limit(text: str) -> int | Literal["all"]:
+    if text == "all":
+        return "all"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number or `all`, not {text!r}") from None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -99,8 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
     if said := tokenization_line(result.certificate.tokenization):
         print(said)
     for variant in result.manifest.variants:
-        if "exact" in variant.recipe:
-            print(f"{variant.name:<15}in float: {variant.recipe['exact']}")
+        if "parts" in variant.recipe:
+            print(f"{variant.name:<15}finer: {variant.recipe['parts']}")
     if said := label_mass(dataclasses.asdict(result.certificate.reference)):
         print(f"label mass     {said}")
     print(f"{result.path}: {len(result.manifest.files) + 1} files, {size / 1e6:.1f} MB")

@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"variant     {variant.name}: {variant.target}, {size / 1e6:.1f} MB; N={drift['texts']}, "
             f"max |Δp| {drift['max_abs_dp']:.1e}, p99 {drift['p99_abs_dp']:.1e}, gate {verdict['outcome']}"
         )
-        if "exact" in variant.recipe:
-            print(f"            in float: {variant.recipe['exact']}")
+        if "parts" in variant.recipe:
+            print(f"            finer: {variant.recipe['parts']}")
+        if variant.recalibration:
+            print(f"            recalibrated: {variant.recalibration.summary}")
     return EXIT_OK

@@ -1,28 +1,17 @@
 """The search for parts to keep exact: what it predicts, what it chooses, and that stages see what the whole graph does."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from samescore._progress import silent
 from samescore.calibrate.activations import collect_statistics
+from samescore.calibrate.budget import SAFETY, Budget
+from samescore.calibrate.effects import float_recipe, part_effects, parts_of
+from samescore.calibrate.frontier import weights_of
 from samescore.calibrate.gate import TOLERANCES
 from samescore.calibrate.metrics import measure
-from samescore.calibrate.search import (
-    BUILDS,
-    SAFETY,
-    Budget,
-    Effects,
-    fewest,
-    part_effects,
-    parts_of,
-    predicted,
-    rank,
-    search,
-    stored_bytes,
-)
-from samescore.calibrate.stages import read_model, stages_of
+from samescore.calibrate.search import BUILDS, effect_texts, fewest, search
+from samescore.calibrate.stages import read_model
 from samescore.export.build import build_graph
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.recipes import variant_spec
@@ -68,21 +57,9 @@ def test_budgets():
     assert budget.excess(drift(0.07)) == pytest.approx(0.07 / (SAFETY * 1e-3), rel=1e-4)
 
 
-def test_effects_add_in_squares_and_rank_by_bytes():
-    clean = np.zeros((4, 2), np.float32)
-    moved = {name: clean + np.array([[size, -size]], np.float32) for name, size in (("x", 3e-3), ("y", 4e-3), ("z", 0))}
-    effects = Effects(clean, moved)
-    both = predicted(effects, ["x", "y"], "softmax")
-    # p = 1/2, so that a logit difference of 2d moves it by d / 2.
-    assert both["mean_abs_dp"] == pytest.approx(2.5e-3, rel=1e-4)
-    assert predicted(effects, [], "softmax")["max_abs_dp"] == 0
-    assert rank(effects, {"x": 1, "y": 1, "z": 1}, "softmax") == ["y", "x", "z"]
-    assert rank(effects, {"x": 1, "y": 2, "z": 1}, "softmax") == ["x", "y", "z"]
-
-
-@pytest.mark.parametrize("needed", [0, 1, 7, 20, 39])
+@pytest.mark.parametrize("needed", [1, 7, 20, 39])
 @pytest.mark.parametrize("optimism", [0.1, 1.0, 10.0])
-def test_the_fewest_parts_that_pass(needed, optimism):
+def test_the_fewest_steps_that_pass(needed, optimism):
     """Whatever the prediction is worth."""
     tried = []
 
@@ -96,14 +73,15 @@ def test_the_fewest_parts_that_pass(needed, optimism):
     def predict(kept):
         return dict.fromkeys(("max_abs_dp", "p99_abs_dp", "mean_abs_dp"), truth(kept) / optimism)
 
-    count, measured = fewest(try_out=try_out, predict=predict, parts=40, budget=Budget(None, None, 1e-3), tick=int)
+    budget = Budget(None, None, 1e-3)
+    count, measured = fewest(try_out=try_out, predict=predict, steps=40, budget=budget, tick=int, plain=drift(truth(0)))
     assert count in (needed, needed + 1) and len(tried) <= BUILDS
     assert measured.mean_abs_dp == pytest.approx(0.4e-3, rel=1e-3)
 
 
 def test_a_budget_that_nothing_meets():
-    with pytest.raises(GateError, match="no choice of exact parts stays inside the budget"):
-        fewest(lambda kept: {"mean_abs_dp": 1.0}, lambda kept: drift(0.1), 5, Budget(None, None, 1e-3), lambda: None)
+    with pytest.raises(GateError, match="no choice of formats stays inside the budget"):
+        fewest(lambda n: {"mean_abs_dp": 1.0}, lambda n: drift(0.1), 5, Budget(None, None, 1e-3), int, drift(0.1))
 
 
 def scorer(folder):
@@ -119,56 +97,59 @@ def subject(request):
     return checkpoint, ids, collect_statistics(checkpoint, ids)
 
 
-def whole(checkpoint, ids, statistics, folder, exact, recipe=RECIPE):
+def whole(checkpoint, ids, statistics, folder, recipe):
     folder.mkdir()
-    build_graph(checkpoint, replace(recipe, exact=exact), folder, statistics=statistics)
+    build_graph(checkpoint, recipe, folder, statistics=statistics)
     session = Session(read_model(folder), "cpu", intra_op_threads=1)
     return np.stack([logits_of(session, sequence) for sequence in ids])
 
 
 @pytest.mark.torch
 def test_stages_see_what_the_whole_graph_does(subject, tmp_path):
-    checkpoint, ids, statistics = subject
+    checkpoint, ids, run = subject
     parts = parts_of(checkpoint)
-    effects = part_effects(checkpoint, RECIPE, ids, statistics, workspace=tmp_path, report=silent)
-    assert list(effects.parts) == parts and all(stored_bytes(checkpoint, part) > 0 for part in parts)
+    effects = part_effects(checkpoint, RECIPE, ids, run.statistics, workspace=tmp_path, report=silent)
+    assert list(dict.fromkeys(part for part, _ in effects.changed)) == parts
+    assert all(weights_of(checkpoint, part) > 0 for part in parts)
+    np.testing.assert_allclose(effects.logits, run.logits, atol=1e-6)
     for number, part in enumerate((parts[0], parts[1], parts[-1])):
-        others = tuple(other for other in parts if other != part)
-        # Behind the first stage the search has a float32 embedding; an exact part's is float16.
-        recipe = (
-            replace(RECIPE, embedding="float32") if part == parts[-1] and len(stages_of(checkpoint)) > 1 else RECIPE
-        )
-        logits = whole(checkpoint, ids, statistics, tmp_path / str(number), others, recipe)
-        np.testing.assert_allclose(effects.parts[part], logits, atol=2e-5)
-        assert np.abs(logits - effects.logits).max() > 1e-5
-    everything = whole(checkpoint, ids, statistics, tmp_path / "all", tuple(parts))
-    # A float16 embedding is all that is left of the recipe.
+        for option in RECIPE.options(part)[:-1]:
+            recipe = float_recipe(RECIPE).choosing({part: option})
+            logits = whole(checkpoint, ids, run.statistics, tmp_path / f"{number}{option}", recipe)
+            np.testing.assert_allclose(effects.changed[part, option], logits, atol=2e-5)
+            assert np.abs(logits - effects.logits).max() > 1e-6
+    finest = {part: RECIPE.options(part)[-1] for part in parts}
+    everything = whole(checkpoint, ids, run.statistics, tmp_path / "all", RECIPE.choosing(finest))
+    # A float16 embedding and 15-bit numbers are all that is left of the recipe.
     assert np.abs(everything - effects.logits).max() < 1e-2
     assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.torch
-def test_a_search_stays_inside_its_budget(subject, tmp_path):
-    checkpoint, ids, statistics = subject
-    free = search_for(Budget(1.0, None, None), checkpoint, ids, statistics, tmp_path)
-    assert free.exact == () and free.share == 0
+@pytest.mark.parametrize("recipe", [RECIPE, variant_spec("cpu-int4").recipe], ids=["int8", "int4"])
+def test_a_search_stays_inside_its_budget(subject, recipe, tmp_path):
+    checkpoint, ids, run = subject
+    free = search_for(recipe, Budget(1.0, None, None), checkpoint, ids, run, tmp_path)
+    assert free.formats == {} and free.time == 1 and free.sensitivity is None
     budget = Budget(None, None, 1.25 * free.drift.mean_abs_dp)
-    tight = search_for(budget, checkpoint, ids, statistics, tmp_path)
-    assert tight.exact and 0 < tight.share < 1 and budget.excess(tight.drift) <= 1
-    assert set(tight.exact) < set(parts_of(checkpoint))
-    # The same parts again, and what they leave is what a build of them leaves.
-    assert search_for(budget, checkpoint, ids, statistics, tmp_path).exact == tight.exact
+    tight = search_for(recipe, budget, checkpoint, ids, run, tmp_path)
+    parts = parts_of(checkpoint)
+    assert tight.formats and budget.excess(tight.drift) <= 1
+    assert list(tight.sensitivity) == parts and min(tight.sensitivity.values()) > 0
+    assert all(chosen in recipe.options(part)[1:] for part, chosen in tight.formats.items())
+    assert [part for part in parts if part in tight.formats] == list(tight.formats)
+    # int4's steps to int8 are faster, not slower: it is there to be small.
+    assert tight.time >= 1 if recipe is RECIPE else tight.time <= 1.2
+    # The same formats again, and what they leave is what a build of them leaves.
+    assert search_for(recipe, budget, checkpoint, ids, run, tmp_path).formats == tight.formats
 
 
-def search_for(budget, checkpoint, ids, statistics, folder):
-    return search(
-        checkpoint,
-        RECIPE,
-        budget,
-        ids,
-        statistics,
-        max_tokens=64,
-        prefix=None,
-        workspace=folder,
-        report=silent,
-    )
+def search_for(recipe, budget, checkpoint, ids, run, folder):
+    return search(checkpoint, recipe, budget, ids, run, max_tokens=64, prefix=None, workspace=folder, report=silent)
+
+
+def test_few_texts_measure_the_effects_of_a_large_model(subject):
+    checkpoint, ids, _ = subject
+    assert effect_texts(checkpoint, RECIPE, ids * 100) == (ids * 100)[::3][:128]
+    endless = [np.broadcast_to(np.int64(1), 10**9)] * 100
+    assert len(effect_texts(checkpoint, RECIPE, endless)) == 8

@@ -57,7 +57,7 @@ def checkpoint(bert_checkpoint):
 def test_every_length_matches_pytorch(checkpoint, tmp_path, name, calibrated):
     vocabulary = checkpoint.config["vocab_size"]
     ids = sequences(vocabulary, [1, 2, 3, 7, 16, 33, 63, 64])
-    statistics = collect_statistics(checkpoint, sequences(vocabulary, [5, 20, 40])) if calibrated else None
+    statistics = collect_statistics(checkpoint, sequences(vocabulary, [5, 20, 40])).statistics if calibrated else None
     model = build(checkpoint, name, tmp_path / name, statistics)
     expected = reference_logits(checkpoint, ids)
     for row, sequence in zip(expected, ids, strict=True):
@@ -115,7 +115,7 @@ def test_configurations(tmp_path, overrides, name):
 def test_statistics_equal_those_of_pytorch(checkpoint):
     """What calibration sees is what PyTorch's own modules see."""
     ids = sequences(checkpoint.config["vocab_size"], [4, 11])
-    statistics = collect_statistics(checkpoint, ids)
+    statistics = collect_statistics(checkpoint, ids).statistics
     model = load_reference(checkpoint)
     seen = []
     module = model.bert.encoder.layer[1].intermediate.dense
@@ -146,7 +146,7 @@ def test_calibration_makes_int8_more_exact_where_channels_are_outliers(tmp_path)
     vocabulary = checkpoint.config["vocab_size"]
     ids = sequences(vocabulary, range(3, 43))
     expected = reference_logits(checkpoint, ids)
-    statistics = collect_statistics(checkpoint, sequences(vocabulary, range(5, 45, 3)))
+    statistics = collect_statistics(checkpoint, sequences(vocabulary, range(5, 45, 3))).statistics
     errors = {}
     for name, given in (("plain", None), ("calibrated", statistics)):
         model = build(checkpoint, "cpu-int8", tmp_path / name, given)

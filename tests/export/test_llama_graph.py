@@ -55,7 +55,7 @@ def checkpoint(llama_checkpoint):
 
 @pytest.fixture(scope="module")
 def statistics(checkpoint):
-    return collect_statistics(checkpoint, sequences(checkpoint.config["vocab_size"], [5, 20, 40]))
+    return collect_statistics(checkpoint, sequences(checkpoint.config["vocab_size"], [5, 20, 40])).statistics
 
 
 @pytest.mark.parametrize("name", llama.VARIANTS)
@@ -175,7 +175,7 @@ def test_rope_written_by_older_transformers(checkpoint, llama_checkpoint, tmp_pa
 def test_statistics_equal_those_of_pytorch(checkpoint):
     """What calibration sees, a stage at a time, is what PyTorch's own modules see."""
     ids = sequences(checkpoint.config["vocab_size"], [4, 11])
-    statistics = collect_statistics(checkpoint, ids)
+    statistics = collect_statistics(checkpoint, ids).statistics
     model = load_reference(checkpoint)
     seen = {}
     for site, module in (
@@ -215,7 +215,7 @@ def test_calibration_makes_int8_more_exact_where_channels_are_outliers(tmp_path)
     vocabulary = checkpoint.config["vocab_size"]
     ids = sequences(vocabulary, range(3, 43))
     expected = reference_logits(checkpoint, ids)
-    statistics = collect_statistics(checkpoint, sequences(vocabulary, range(5, 45, 3)))
+    statistics = collect_statistics(checkpoint, sequences(vocabulary, range(5, 45, 3))).statistics
     errors = {}
     for name, given in (("plain", None), ("calibrated", statistics)):
         session = build(checkpoint, "cpu-int8", tmp_path / name, statistics=given)

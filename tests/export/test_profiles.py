@@ -9,15 +9,16 @@ import samescore.exporting as exporting
 from samescore.calibrate.golden import read_golden, text_digests
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.profiles import PROFILES, contract_for, labels_for, profile_named
-from samescore.exporting import CALIBRATION_NAME, GOLDEN_NAME, PACKAGE, open_source
+from samescore.exporting import open_source
+from samescore.packaged import packaged
 from samescore.runtime.contract import text_of_record
 from samescore.runtime.errors import CheckpointError, UsageError
 
 
 @pytest.mark.parametrize("profile", [p for p in PROFILES if p.available], ids=lambda p: p.name)
 def test_texts_ship_and_fit_the_contract(profile):
-    golden = read_golden(PACKAGE / profile.texts / GOLDEN_NAME)
-    calibration = read_golden(PACKAGE / profile.texts / CALIBRATION_NAME)
+    golden = read_golden(packaged(profile, "golden"))
+    calibration = read_golden(packaged(profile, "calibration"))
     assert len(golden.texts) >= 60 and len(calibration.texts) >= 20
     rendered = [text_of_record(text.record, profile.contract) for text in golden.texts]
     assert max(map(len, rendered)) > 1000 and len(set(rendered)) == len(rendered)

@@ -96,7 +96,7 @@ def session(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def statistics(checkpoint):
-    return collect_statistics(checkpoint, sequences(checkpoint, [5, 20, 40, 80]))
+    return collect_statistics(checkpoint, sequences(checkpoint, [5, 20, 40, 80])).statistics
 
 
 def test_every_length_matches_pytorch(checkpoint, session):
@@ -287,7 +287,7 @@ def test_a_config_without_layer_types(checkpoint, session, tmp_path):
 def test_statistics_equal_those_of_pytorch(checkpoint):
     """What calibration sees, a stage at a time, is what PyTorch's own modules see."""
     ids = sequences(checkpoint, [4, 11])
-    statistics = collect_statistics(checkpoint, ids)
+    statistics = collect_statistics(checkpoint, ids).statistics
     model = reference_model(checkpoint)
     text = getattr(model.model, "language_model", model.model)
     seen = {}
@@ -377,7 +377,7 @@ def test_calibration_undoes_outliers(tmp_path, name):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     checkpoint = scorer(folder)
     np.testing.assert_allclose(reference_logits(checkpoint, ids), expected, atol=1e-4)
-    statistics = collect_statistics(checkpoint, sequences(checkpoint, range(5, 45, 3)))
+    statistics = collect_statistics(checkpoint, sequences(checkpoint, range(5, 45, 3))).statistics
     errors = {}
     for kind, given in (("plain", None), ("calibrated", statistics)):
         session = build(checkpoint, name, tmp_path / kind, statistics=given)

@@ -1,0 +1,254 @@
+"""Linear layers whose activations are quantized by rows: one dynamic scale per token, int8 products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from samescore.export.graphs.blocks import FloatArray, GraphBuilder
+from samescore.export.graphs.linears import GatedWeights, silu, smoothing
+from samescore.export.quantize import ChannelStatistics, Rescaling, quantize_columns
+
+# uint8 activations: zero point 128 splits the range evenly for signed values.
+SIGNED_ZERO_POINT = 128
+# GELU is bounded below by -0.17, so most of a symmetric range would never be used: 32 steps below zero are enough.
+GELU_ZERO_POINT = 32
+GELU_MINIMUM = 0.17
+# SmoothQuant's alpha for inputs that lose their mean first, and for those that do not.
+ALPHA_CENTRED, ALPHA = 0.65, 0.7
+# A gated feed-forward is computed in this many slices of its inner channels, each with its own activation scales.
+FFN_SLICES = 4
+# What a low digit's step is of a high digit's: the rest after rounding is half a step, the digits reach to 127.
+DIGIT = np.float32(254)
+
+
+class _QuantizedRows(NamedTuple):
+    """uint8 [rows, K] and one float32 scale per row [rows, 1]."""
+
+    values: ir.Value
+    scale: ir.Value
+
+
+class _Digits(NamedTuple):
+    """uint8: the high digits [rows, K], high and low digits [2 rows, K]; and the scale of each row [rows, 1]."""
+
+    high: ir.Value
+    both: ir.Value
+    scale: ir.Value
+
+
+class RowInt8Linears:
+    """int8 weights per output channel, uint8 activations with one dynamic scale per row (token).
+
+    A row's scale depends on that row alone, so a score depends neither on padding nor on neighbours. `statistics` (by
+    site, from calibration texts) serve three corrections that leave the product as it is in exact arithmetic:
+
+    - shift: channels lose their mean before they are quantized; `weight^T mean` goes to the bias, unquantized.
+    - smoothing: outlier channels are divided by a scale that their weight rows are multiplied by.
+    - after a GELU neither can pass through, but the rounding of the weights moves the output's mean by a known
+      amount, which is taken off the bias.
+
+    A gated feed-forward's inner channels are sorted by size and sliced, so that the few channels with massive
+    activations have scales of their own.
+    """
+
+    def __init__(self, g: GraphBuilder, statistics: Mapping[str, ChannelStatistics] | None):
+        self.g = g
+        self.statistics = statistics
+        self._quantized: dict[tuple[int, int], _QuantizedRows] = {}
+
+    def rescaling(
+        self, site: str, weight: FloatArray, *, centred: bool = True, tied: tuple[int, int] | None = None
+    ) -> Rescaling | None:
+        """Shift and smoothing for this site, or None without calibration."""
+        if self.statistics is None or not self.g.recipe.smoothing:
+            return None
+        statistics = self.statistics[site]
+        if not centred:
+            statistics = statistics.uncentred()
+        return smoothing(statistics, weight, ALPHA_CENTRED if centred else ALPHA, tied)
+
+    def __call__(
+        self,
+        x: ir.Value,
+        site: str,
+        weight: FloatArray,
+        bias: FloatArray | None = None,
+        *,
+        name: str | None = None,
+        after_gelu: bool = False,
+        rescaled: Rescaling | None = None,
+    ) -> ir.Value:
+        """See Linears."""
+        g, name = self.g, name or site
+        if not after_gelu:
+            x, weight, bias = self._rescaled(x, site, weight, bias, rescaled)
+        values, column_scale = quantize_columns(weight)
+        if after_gelu and bias is not None and self.statistics is not None:
+            bias = bias + self.statistics[site].mean @ (weight - values * column_scale)
+        rows = self._quantize(x, after_gelu=after_gelu)
+        zero_point = GELU_ZERO_POINT if after_gelu else SIGNED_ZERO_POINT
+        y = g.op("Mul", self._multiply(rows.values, name, values, column_scale, zero_point), rows.scale)
+        return y if bias is None else g.op("Add", y, g.weight(f"{name}.bias", bias))
+
+    def gated(self, x: ir.Value, prefix: str, weights: GatedWeights, rescaled: Rescaling | None) -> ir.Value:
+        """See Linears. In slices of the inner channels, largest activations first."""
+        g, (gate, up, down) = self.g, weights
+        if rescaled is not None:
+            gate, up = gate * rescaled.scale[:, None], up * rescaled.scale[:, None]
+        inner = self.rescaling(f"{prefix}.down_proj", down, centred=False)
+        order = np.arange(len(down))
+        if inner is not None and self.statistics is not None:
+            up, down = up / inner.scale, down * inner.scale[:, None]
+            spread = self.statistics[f"{prefix}.down_proj"].uncentred().spread / inner.scale
+            order = np.argsort(-spread, kind="stable")
+        rows = self._quantize(x, after_gelu=False)
+        total = None
+        for number, chosen in enumerate(np.array_split(order, FFN_SLICES)):
+            chosen = np.sort(chosen)
+            names = [f"{prefix}.{part}.{number}" for part in ("gate_proj", "up_proj", "down_proj")]
+            activated = silu(
+                g, g.op("Mul", self._raw(rows, names[0], np.ascontiguousarray(gate[:, chosen])), rows.scale)
+            )
+            # The row's scale passes through `up` and the rounding: it is multiplied in once, behind `down`.
+            product = g.op("Mul", activated, self._raw(rows, names[1], np.ascontiguousarray(up[:, chosen])))
+            hidden = self._quantize(product, after_gelu=False)
+            y = g.op("Mul", self._raw(hidden, names[2], down[chosen]), g.op("Mul", hidden.scale, rows.scale))
+            total = y if total is None else g.op("Add", total, y)
+        assert total is not None
+        return total
+
+    def _rescaled(
+        self, x: ir.Value, site: str, weight: FloatArray, bias: FloatArray | None, rescaled: Rescaling | None
+    ) -> tuple[ir.Value, FloatArray, FloatArray | None]:
+        """The input shifted and smoothed, unless its producer did that, and the weight and bias that undo it."""
+        rescaling = rescaled or self.rescaling(site, weight)
+        if rescaling is None:
+            return x, weight, bias
+        if rescaled is None:
+            g = self.g
+            centred = g.op("Sub", x, g.weight(f"{site}.shift", rescaling.shift))
+            x = g.op("Mul", centred, g.weight(f"{site}.smoothing", 1 / rescaling.scale))
+        if rescaling.shift.any():
+            bias = rescaling.shift @ weight + (0 if bias is None else bias)
+        return x, weight * rescaling.scale[:, None], bias
+
+    def _raw(self, rows: _QuantizedRows, name: str, weight: FloatArray) -> ir.Value:
+        """The product without the rows' scales."""
+        return self._multiply(rows.values, name, *quantize_columns(weight), SIGNED_ZERO_POINT)
+
+    def _multiply(
+        self,
+        rows: ir.Value,
+        name: str,
+        values: npt.NDArray[np.int8],
+        column_scale: FloatArray,
+        zero_point: int,
+    ) -> ir.Value:
+        g = self.g
+        return g.contrib(
+            "MatMulIntegerToFloat",
+            rows,
+            g.weight(f"{name}.weight", values),
+            g.constant(1.0, np.float32),
+            g.weight(f"{name}.weight.scale", column_scale),
+            g.constant(zero_point, np.uint8),
+        )
+
+    def _quantize(self, x: ir.Value, *, after_gelu: bool) -> _QuantizedRows:
+        """Rows of x as uint8, once for all matrices that read them."""
+        g = self.g
+        zero_point = GELU_ZERO_POINT if after_gelu else SIGNED_ZERO_POINT
+        key = (id(x), zero_point)
+        if key not in self._quantized:
+            scale = self._row_scale(x, after_gelu=after_gelu)
+            flat = g.op("Squeeze", scale, g.ints(1))
+            # QuantizeLinear wants the zero point in the shape of the scale.
+            zero_points = g.op("Expand", g.constant([zero_point], np.uint8), g.op("Shape", x, start=0, end=1))
+            self._quantized[key] = _QuantizedRows(g.op("QuantizeLinear", x, flat, zero_points, axis=0), scale)
+        return self._quantized[key]
+
+    def _row_scale(self, x: ir.Value, *, after_gelu: bool) -> ir.Value:
+        """One scale per row, float32 [rows, 1]."""
+        g = self.g
+        top = g.op("ReduceMax", x, g.ints(1), keepdims=1)
+        if after_gelu:
+            step = g.op("Mul", top, g.constant(1 / (255 - GELU_ZERO_POINT), np.float32))
+            return g.op("Max", step, g.constant(GELU_MINIMUM / GELU_ZERO_POINT, np.float32))
+        bottom = g.op("Neg", g.op("ReduceMin", x, g.ints(1), keepdims=1))
+        peak = g.op("Max", top, bottom, g.constant(1e-8, np.float32))
+        return g.op("Mul", peak, g.constant(1 / 127, np.float32))
+
+
+class RowDigitLinears(RowInt8Linears):
+    """Activations in two int8 digits, `x = scale (q1 + q2 / 254)`, and weights in one or two: int8 products, 15-bit numbers.
+
+    Both digits of the activations go through one product, one below the other, so that the weights are read once. The
+    product of the two low digits is left out: it is below the rounding of either.
+    """
+
+    def __init__(self, g: GraphBuilder, statistics: Mapping[str, ChannelStatistics] | None, *, wide_weights: bool):
+        super().__init__(g, statistics)
+        self.wide_weights = wide_weights
+        self._digits: dict[int, _Digits] = {}
+
+    def __call__(
+        self,
+        x: ir.Value,
+        site: str,
+        weight: FloatArray,
+        bias: FloatArray | None = None,
+        *,
+        name: str | None = None,
+        after_gelu: bool = False,
+        rescaled: Rescaling | None = None,
+    ) -> ir.Value:
+        """See Linears."""
+        name = name or site
+        if not after_gelu:
+            x, weight, bias = self._rescaled(x, site, weight, bias, rescaled)
+        elif bias is not None and self.statistics is not None and not self.wide_weights:
+            values, scale = quantize_columns(weight)
+            bias = bias + self.statistics[site].mean @ (weight - values * scale)
+        y = self._product(x, name, weight)
+        return y if bias is None else self.g.op("Add", y, self.g.weight(f"{name}.bias", bias))
+
+    def gated(self, x: ir.Value, prefix: str, weights: GatedWeights, rescaled: Rescaling | None) -> ir.Value:
+        """See Linears."""
+        g, (gate, up, down) = self.g, weights
+        if rescaled is not None:
+            gate, up = gate * rescaled.scale[:, None], up * rescaled.scale[:, None]
+        inner = self.rescaling(f"{prefix}.down_proj", down, centred=False)
+        if inner is not None:
+            up, down = up / inner.scale, down * inner.scale[:, None]
+        activated = silu(g, self._product(x, f"{prefix}.gate_proj", gate))
+        product = g.op("Mul", activated, self._product(x, f"{prefix}.up_proj", up))
+        return self._product(product, f"{prefix}.down_proj", down)
+
+    def _product(self, x: ir.Value, name: str, weight: FloatArray) -> ir.Value:
+        """`x [rows, K] @ weight [K, N]`."""
+        g, digits = self.g, self._split(x)
+        values, scale = quantize_columns(weight)
+        both = self._multiply(digits.both, name, values, scale, SIGNED_ZERO_POINT)
+        high, low = g.op_many("Split", both, outputs=2, axis=0, num_outputs=2)
+        y = g.op("Add", high, g.op("Mul", low, g.constant(1 / DIGIT, np.float32)))
+        if self.wide_weights:
+            rest = np.rint((weight / scale - values) * DIGIT).astype(np.int8)
+            y = g.op("Add", y, self._multiply(digits.high, f"{name}.low", rest, scale / DIGIT, SIGNED_ZERO_POINT))
+        return g.op("Mul", y, digits.scale)
+
+    def _split(self, x: ir.Value) -> _Digits:
+        """Both digits of rows of x, once for all matrices that read them."""
+        g = self.g
+        if id(x) not in self._digits:
+            high, scale = self._quantize(x, after_gelu=False)
+            flat = g.op("Squeeze", scale, g.ints(1))
+            zero = g.op("Expand", g.constant([SIGNED_ZERO_POINT], np.uint8), g.op("Shape", x, start=0, end=1))
+            rest = g.op("Sub", x, g.op("DequantizeLinear", high, flat, zero, axis=0))
+            low = g.op("QuantizeLinear", rest, g.op("Mul", flat, g.constant(1 / DIGIT, np.float32)), zero, axis=0)
+            self._digits[id(x)] = _Digits(high, g.op("Concat", high, low, axis=0), scale)
+        return self._digits[id(x)]
