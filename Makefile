@@ -30,7 +30,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/python demo/show.py bundles/demo.jsonl
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not real and not slow and not packaging and not placement"
+	$(BIN)/pytest -m "not real and not slow and not packaging and not placement and not emulated"
 
 # Everything: real trained weights (when `make assets` could build them), slow tests, wheels.
 test-all: $(VENV)/.dev

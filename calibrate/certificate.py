@@ -7,19 +7,17 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 
 from samescore.calibrate.gate import Tolerance, Verdict
 from samescore.calibrate.golden import ReferenceInfo
 from samescore.calibrate.metrics import Drift
 from samescore.calibrate.token_faults import TokenizationEquality
+from samescore.runtime.cpu import cpu_model, int8_flags
 from samescore.runtime.errors import BundleError
 from samescore.runtime.manifest import parse_as
 
 CERTIFICATE_NAME = "parity.json"
 SCHEMA_VERSION = 1
-# Instruction sets that change which int8 kernel runs.
-INT8_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8")
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,8 @@ def environment(threads: int) -> dict[str, object]:
         "tokenizers": metadata.version("tokenizers"),
         "onnxruntime": _onnxruntime_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_field("model name") or platform.processor(),
-        "int8_flags": [flag for flag in INT8_FLAGS if flag in (_cpu_field("flags") or "").split()],
+        "cpu": cpu_model(),
+        "int8_flags": list(int8_flags()),
         "threads": threads,
     }
 
@@ -146,14 +144,3 @@ def _onnxruntime_version() -> str:
     from samescore.runtime.providers import import_onnxruntime
 
     return str(import_onnxruntime().__version__)
-
-
-def _cpu_field(name: str) -> str | None:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == name:
-                return value.strip()
-    except OSError:
-        pass
-    return None

@@ -1,9 +1,11 @@
 """Bundles to scores: numpy, tokenizers and onnxruntime, nothing else."""
 
 from samescore.runtime.bundle import Bundle
+from samescore.runtime.canary import CanaryResult
 from samescore.runtime.classifier import Classifier, load
 from samescore.runtime.errors import (
     BundleError,
+    CanaryError,
     CheckpointError,
     GateError,
     InputError,
@@ -19,6 +21,8 @@ from samescore.runtime.reward import RewardFunction
 __all__ = [
     "Bundle",
     "BundleError",
+    "CanaryError",
+    "CanaryResult",
     "CheckpointError",
     "Classifier",
     "GateError",

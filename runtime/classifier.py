@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samescore.runtime.bundle import Bundle, ModelBytes
+from samescore.runtime.canary import CanaryResult, Policy, check_canary, check_policy, read_canary
 from samescore.runtime.contract import text_of_record
 from samescore.runtime.errors import InputError, UsageError
 from samescore.runtime.manifest import Manifest
@@ -40,8 +41,12 @@ class Classifier:
     workers: texts scored at the same time when several are handed in (default: one per thread; 1 for models of more than
     512 MiB, because single texts and several at once need a session each). max_tokens: where to cut longer texts, instead
     of the bundle's limit. low_memory: keep weights in the page cache instead of repacking them (loads faster, runs
-    somewhat slower). raw: probabilities without the variant's recalibration, if it has one. Raises BundleError, ProviderError
-    or UsageError.
+    somewhat slower). raw: probabilities without the variant's recalibration, if it has one. canary: whether some golden texts
+    are scored first, to see that this box gives the certified numbers: `flag` (where CPU, provider or ONNX Runtime are others
+    than there; a warning is logged), `refuse` (always; CanaryError when they are others or cannot be had) or `off`. The
+    attribute `canary` says what was found.
+
+    Raises BundleError, ProviderError, CanaryError or UsageError.
     """
 
     def __init__(
@@ -55,7 +60,9 @@ class Classifier:
         max_tokens: int | None = None,
         low_memory: bool = False,
         raw: bool = False,
+        canary: Policy = "flag",
     ):
+        check_policy(canary)
         for name, value in (("threads", threads), ("workers", workers)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
@@ -74,13 +81,17 @@ class Classifier:
                 )
             self.encoder = TextEncoder(bundle.read("tokenizer.json"), contract)
             self._model: ModelBytes = bundle.model(self.variant)
+            certified = None if canary == "off" else read_canary(bundle, self.variant.name)
         large = sum(map(len, self._model.data.values())) > LARGE_BYTES
         self.workers = workers or (1 if large else self.threads)
         self._low_memory = low_memory
         self._readers: dict[int, Reader] = {}
         self._lock = threading.Lock()
         # Only an explicit number of workers says that many texts will come at once.
-        self._reader(max(1, self.threads // (workers or 1)))
+        reader = self._reader(max(1, self.threads // (workers or 1)))
+        self.canary: CanaryResult = check_canary(
+            certified, self.variant.name, reader, self.manifest.activation, policy=canary
+        )
 
     @property
     def labels(self) -> tuple[str, ...]:

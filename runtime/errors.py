@@ -2,6 +2,7 @@
 
     SamescoreError
     ├── GateError                 exit 1   a variant drifts from the reference beyond its tolerance
+    ├── CanaryError               exit 1   this box gives other numbers than the certified ones (RuntimeError)
     ├── UsageError                exit 2   an argument is wrong            (ValueError)
     ├── BundleError               exit 3   a bundle is damaged or foreign  (ValueError)
     ├── CheckpointError           exit 3   a checkpoint cannot be read     (ValueError)
@@ -26,6 +27,12 @@ class SamescoreError(Exception):
 
 class GateError(SamescoreError):
     """A variant's numbers are outside its tolerance."""
+
+    exit_code = 1
+
+
+class CanaryError(SamescoreError, RuntimeError):
+    """The start-up canary tripped, or could not say, and the caller asked to refuse then."""
 
     exit_code = 1
 

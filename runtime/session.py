@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samescore.runtime.bundle import ModelBytes
+from samescore.runtime.cpu import u8s8_saturates
 from samescore.runtime.errors import BundleError, ProviderError
 from samescore.runtime.manifest import Target
 from samescore.runtime.providers import EXECUTION_PROVIDERS, import_onnxruntime
@@ -28,6 +29,9 @@ class Session:
     def __init__(self, model: ModelBytes, target: Target, *, intra_op_threads: int, low_memory: bool = False):
         ort = import_onnxruntime()
         options = _session_options(ort, target, intra_op_threads, low_memory)
+        if target == "cpu" and b"MatMulIntegerToFloat" in model.graph and u8s8_saturates():
+            # Weights become uint8, whose kernels are exact and slower. ONNX Runtime would do it with VNNI too, for nothing.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         # ONNX Runtime reads the external data from these very buffers, not from the paths, and keeps using them.
         self._buffers = model.data
         options.add_external_initializers_from_files_in_memory(

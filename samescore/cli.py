@@ -2,8 +2,8 @@
 
 Results go to stdout as JSON (tables for people where a command says so), messages and progress to stderr.
 
-Exit codes: 0 done · 1 a gate failed · 2 wrong use · 3 bad bundle, checkpoint or input (with `classify`: some lines could
-not be scored) · 4 a provider or package is missing · 130 interrupted.
+Exit codes: 0 done · 1 a gate failed or the canary refused · 2 wrong use · 3 bad bundle, checkpoint or input (with
+`classify`: some lines could not be scored) · 4 a provider or package is missing · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="samescore",
         description="Export Hugging Face classifiers to ONNX once, run them anywhere without PyTorch, "
         "and prove that the score is the same.",
-        epilog="exit codes: 0 done, 1 a gate failed, 2 wrong use, 3 bad bundle, checkpoint or input, "
+        epilog="exit codes: 0 done, 1 a gate failed or the canary refused, 2 wrong use, 3 bad bundle, checkpoint or input, "
         "4 a provider or package is missing, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"samescore {__version__}")

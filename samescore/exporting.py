@@ -22,6 +22,7 @@ from samescore._progress import silent, step
 from samescore.adapted import AdapterOptions
 from samescore.calibrate.activations import CalibrationRun, collect_statistics
 from samescore.calibrate.budget import Budget
+from samescore.calibrate.canary import canary_json
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
 from samescore.calibrate.diagnose import Diagnosis
@@ -48,6 +49,7 @@ from samescore.export.profiles import Profile, contract_for, find_profile, label
 from samescore.export.publish import check_target, file_entries, publish, staging_folder
 from samescore.export.recipes import VariantSpec, variant_spec
 from samescore.packaged import PACKAGE, Limit, calibration_set, golden_set
+from samescore.runtime.canary import CANARY_NAME
 from samescore.runtime.contract import text_of_record
 from samescore.runtime.errors import CheckpointError, GateError, UsageError
 from samescore.runtime.manifest import (
@@ -167,8 +169,9 @@ def export_bundle(
             activation=checkpoint.activation,
             variants=tuple(built),
         )
-        (staging / SCORES_NAME).write_bytes(write_scores(scores))
-        manifest = _write(staging, manifest, checkpoint, tokenizer, texts, certificate, facts)
+        manifest = _write(
+            staging, manifest, checkpoint, tokenizer, texts, certificate, facts, scores, encoder.prefix_ids
+        )
         with report("writing"):
             publish(staging, target)
     return ExportResult(target, manifest, certificate)
@@ -433,11 +436,16 @@ def _write(
     texts: GoldenSet,
     certificate: Certificate,
     facts: Profile | None,
+    scores: Scores,
+    prefix: Ids,
 ) -> Manifest:
     """All files but the variants', then the manifest that lists them."""
     (staging / "tokenizer.json").write_bytes(tokenizer)
     (staging / GOLDEN_NAME).write_bytes(write_golden(texts))
     (staging / CERTIFICATE_NAME).write_bytes(certificate.to_json())
+    canary = canary_json(texts, manifest.variants, scores, activation=manifest.activation, prefix=prefix)
+    (staging / CANARY_NAME).write_bytes(canary)
+    (staging / SCORES_NAME).write_bytes(write_scores(scores))
     source_card = checkpoint.folder / "README.md"
     if source_card.is_file():
         (staging / "SOURCE_CARD.md").write_bytes(source_card.read_bytes())

@@ -33,7 +33,16 @@ def test_what_a_bundle_holds(bert_bundle):
     variants = ("cpu-fp32", "cpu-int8", "migraphx-fp16")
     model_files = [f"{variant}/model.onnx{suffix}" for variant in variants for suffix in ("", ".data")]
     assert names(bert_bundle) == sorted(
-        ["README.md", "bundle.json", "golden.jsonl", "parity.json", "scores.npz", "tokenizer.json", *model_files]
+        [
+            "README.md",
+            "bundle.json",
+            "canary.json",
+            "golden.jsonl",
+            "parity.json",
+            "scores.npz",
+            "tokenizer.json",
+            *model_files,
+        ]
     )
     with Bundle(bert_bundle) as bundle:
         manifest = bundle.manifest

@@ -32,6 +32,13 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--max-tokens", metavar="N", type=int, help="cut longer texts here instead of the bundle's limit"
     )
+    command.add_argument(
+        "--canary",
+        choices=("flag", "refuse", "off"),
+        default="flag",
+        help="score some golden texts first: `flag` warns where this box gives other numbers than the certified ones (default; "
+        "only on another CPU, provider or ONNX Runtime), `refuse` always checks and stops",
+    )
     command.add_argument("--low-memory", action="store_true", help="keep weights in the page cache; somewhat slower")
     command.add_argument(
         "--allow-role-tokens", action="store_true", help="leave role tokens inside message contents as they are"
@@ -60,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         workers=workers,
         max_tokens=arguments.max_tokens,
         low_memory=arguments.low_memory,
+        canary=arguments.canary,
         raw=arguments.raw,
     )
     failed = scored = 0

@@ -42,7 +42,7 @@ def exact_logits(checkpoint, sequences, folder: Path):
 def build(checkpoint, variant, folder: Path, sequences):
     """The folder of a variant that was just built."""
     spec = variant_spec(variant)
-    statistics = collect_statistics(checkpoint, sequences[:8]) if spec.recipe.smoothing else None
+    statistics = collect_statistics(checkpoint, sequences[:8]).statistics if spec.recipe.smoothing else None
     build_variant(checkpoint, spec, folder, max_tokens=64, statistics=statistics)
     return folder / variant
 
