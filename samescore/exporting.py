@@ -23,6 +23,7 @@ from samescore.building import Calibrated, budgets_of, recipes_of
 from samescore.calibrate.canary import canary_json
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
+from samescore.calibrate.diagnose import Diagnosis
 from samescore.calibrate.golden import (
     GoldenSet,
     encode_golden,
@@ -34,6 +35,7 @@ from samescore.calibrate.next_token import mass_warning
 from samescore.calibrate.reference import Reporter, add_reference
 from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, Scores, write_scores
 from samescore.calibrate.stages import read_model
+from samescore.calibrate.token_faults import TokenizationEquality
 from samescore.card import model_card
 from samescore.export.build import architecture_of, check_buildable, check_variant
 from samescore.export.checkpoint import Checkpoint
@@ -42,6 +44,7 @@ from samescore.export.publish import check_target, file_entries, publish, stagin
 from samescore.export.recipes import VariantSpec, variant_spec
 from samescore.packaged import Limit, calibration_set, golden_set
 from samescore.runtime.canary import CANARY_NAME
+from samescore.runtime.contract import text_of_record
 from samescore.runtime.errors import CheckpointError, GateError, UsageError
 from samescore.runtime.manifest import (
     MANIFEST_NAME,
@@ -53,6 +56,7 @@ from samescore.runtime.manifest import (
 from samescore.runtime.prefill import Ids
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
+from samescore.same_tokens import refuse_difference, tokenization_equality
 from samescore.scored import label_tokens_of, values_of
 from samescore.sources import open_source
 
@@ -90,6 +94,7 @@ def export_bundle(
     budget: str | None = None,
     recipe: str | os.PathLike[str] | None = None,
     allow_drift: bool = False,
+    tokenization_texts: int | None = None,
     progress: bool = False,
 ) -> ExportResult:
     """Turn a checkpoint into a bundle whose every variant passed its gate.
@@ -105,8 +110,9 @@ def export_bundle(
     of `golden`; of the texts that ship, the profile's usual number, as large models take long on a CPU). budget: how
     much a quantized variant may drift on the calibration texts, `gate` (the default), `p99=…,mean=…,max=…`, or `none`: parts
     of the network get finer number formats where it needs them to stay inside. recipe: a bundle whose variants' formats to
-    take instead of searching. allow_drift: write the bundle even if a gate fails, its certificate says so; the default budget
-    is then `none`.
+    take instead of searching. tokenization_texts: on how many strings token ids are compared with the Hugging Face
+    tokenizer's when PyTorch computes the reference (default: 100000; 0: none). allow_drift: write the bundle even if a gate
+    fails, its certificate says so; the default budget is then `none`.
 
     Raises GateError (nothing is written), CheckpointError, UsageError, InputError or MissingDependencyError.
     """
@@ -127,11 +133,19 @@ def export_bundle(
     encoder = TextEncoder(tokenizer, contract)
     texts = _golden_texts(golden, facts, opened, encoder, golden_limit, report)
     needs_statistics = any(spec.recipe.smoothing for spec in specs) and architecture_of(checkpoint)
-    calibration_ids = _calibration_ids(calibration, facts, encoder, texts) if needs_statistics else []
+    calibration_texts = (
+        _calibration_texts(calibration, facts, encoder, texts) if needs_statistics else GoldenSet(None, ())
+    )
     with staging_folder(target) as staging:
+        tokenization: TokenizationEquality | None = None
         if texts.reference is None:
+            sources = [text_of_record(text.record, contract) for text in (*texts.texts, *calibration_texts.texts)]
+            tokenization = tokenization_equality(checkpoint, encoder, sources, tokenization_texts, report)
+            refuse_difference(tokenization, checkpoint)
             texts = add_reference(texts, checkpoint, report, yardstick=True)
-        calibrated = Calibrated(checkpoint, calibration_ids, contract.max_tokens, encoder.prefix_ids, staging, report)
+        calibrated = Calibrated(
+            checkpoint, calibration_texts.input_ids(), contract.max_tokens, encoder.prefix_ids, staging, report
+        )
         found = {spec.name: calibrated.within(spec, budgets[spec.name]) for spec in specs if spec.name in budgets}
         specs = [found[spec.name][0] if spec.name in found else spec for spec in specs]
         built = calibrated.build(specs)
@@ -139,6 +153,7 @@ def export_bundle(
             checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report
         )
         certificate = certificate.searched({name: choice.sensitivity for name, (_, choice) in found.items()})
+        certificate = replace(certificate, tokenization=tokenization)
         _gate(certificate, allow_drift)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -177,11 +192,13 @@ def _measure(
     """
     threads = available_threads()
     parity: dict[str, VariantParity] = {}
+    diagnosis = Diagnosis(texts, labels, checkpoint.activation, checkpoint, staging)
     scores: Scores = {} if texts.bfloat16 is None else {BFLOAT16: texts.bfloat16}
     for spec in specs:
         with report(f"measuring {spec.name} on {len(texts.texts)} golden texts", len(texts.texts)) as tick:
-            parity[spec.name], scores[spec.name] = certify(
-                SessionMaker(read_model(staging / spec.name), "cpu"),
+            open_session = SessionMaker(read_model(staging / spec.name), "cpu")
+            certified = certify(
+                open_session,
                 texts,
                 labels=labels,
                 activation=checkpoint.activation,
@@ -190,6 +207,7 @@ def _measure(
                 prefix=prefix,
                 progress=tick,
             )
+        parity[spec.name], scores[spec.name] = diagnosis.told(certified, open_session, spec.precision)
     assert texts.reference is not None
     return Certificate(texts.reference, environment(threads), parity), scores
 
@@ -237,10 +255,10 @@ def _golden_texts(
         return encode_golden(golden, encoder)
 
 
-def _calibration_ids(
+def _calibration_texts(
     path: str | os.PathLike[str] | None, facts: Profile | None, encoder: TextEncoder, golden: GoldenSet
-) -> list[npt.NDArray[np.int64]]:
-    """Token ids of the calibration texts, none of them a golden text: UsageError when the user's own file holds one."""
+) -> GoldenSet:
+    """The calibration texts, tokenized, none of them a golden text: UsageError when the user's own file holds one."""
     texts, judging = calibration_set(path, facts), text_digests(golden, encoder.contract)
     shared = text_digests(texts, encoder.contract) & judging
     if shared and path is None:
@@ -250,13 +268,16 @@ def _calibration_ids(
             f"{len(shared)} calibration texts are golden texts too: a recipe must not be fitted on the texts that judge "
             "it. Name other ones with --calibration"
         )
-    return encode_golden(texts, encoder).input_ids()
+    return encode_golden(texts, encoder)
 
 
 def _gate(certificate: Certificate, allow_drift: bool) -> None:
     failed = {name: parity for name, parity in certificate.variants.items() if not parity.verdict.passed}
     if failed and not allow_drift:
-        said = "; ".join(f"{name}: {', '.join(parity.verdict.failures)}" for name, parity in failed.items())
+        said = "; ".join(
+            f"{name}: {', '.join(parity.verdict.failures)} (diagnosis: {parity.diagnosis})"
+            for name, parity in failed.items()
+        )
         raise GateError(
             f"{said}. Nothing was written. Search with a tighter --budget (as in p99=5e-3) or with more --calibration texts like "
             "the golden ones, export a more exact variant (cpu-fp32), or --allow-drift to keep this one with a certificate that "

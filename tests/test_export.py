@@ -125,7 +125,12 @@ def test_a_variant_that_drifts_fails_and_leaves_nothing(
     original = linears.quantize_columns
     monkeypatch.setattr(linears, "quantize_columns", lambda w: (np.roll(original(w)[0], 1, axis=0), original(w)[1]))
     output = tmp_path / "bundle"
-    settings = {"profile": "refusal", "golden": bert_bundle / "golden.jsonl", "calibration": texts_files[1], "budget": "none"}
+    settings = {
+        "profile": "refusal",
+        "golden": bert_bundle / "golden.jsonl",
+        "calibration": texts_files[1],
+        "budget": "none",
+    }
     with pytest.raises(GateError, match=r"cpu-int8: max_abs_dp .* > 5e-02.*Nothing was written"):
         export_bundle(bert_checkpoint, output, **settings)
     assert list(tmp_path.iterdir()) == []

@@ -70,6 +70,12 @@ def add(commands: Any) -> None:
         action="store_true",
         help="write the bundle even if a gate fails, marked as failed; the default budget is then none",
     )
+    command.add_argument(
+        "--tokenization-texts",
+        metavar="N",
+        type=int,
+        help="compare token ids with the Hugging Face tokenizer's on N strings made of the texts (default: 100000; 0: none)",
+    )
     command.set_defaults(run=run)
 
 
@@ -84,7 +90,7 @@ def _limit(text: str) -> int | Literal["all"]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from samescore.calibrate.certificate import parity_table
+    from samescore.calibrate.certificate import parity_table, tokenization_line
     from samescore.exporting import export_bundle
 
     result = export_bundle(
@@ -103,10 +109,13 @@ def run(arguments: argparse.Namespace) -> int:
         budget=arguments.budget,
         recipe=arguments.recipe,
         allow_drift=arguments.allow_drift,
+        tokenization_texts=arguments.tokenization_texts,
         progress=True,
     )
     size = sum(entry.size for entry in result.manifest.files.values())
     print(parity_table(result.certificate.variants))
+    if said := tokenization_line(result.certificate.tokenization):
+        print(said)
     for variant in result.manifest.variants:
         if "parts" in variant.recipe:
             print(f"{variant.name:<15}finer: {variant.recipe['parts']}")
