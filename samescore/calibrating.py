@@ -148,7 +148,7 @@ class _Golden:
     def parity(self, name: str, recalibration: Recalibration | None) -> VariantParity:
         """The variant's certificate with that correction."""
         old = self.certificate.variants[name]
-        return parity_of(
+        parity = parity_of(
             self.scores[name],
             self.texts,
             labels=self.manifest.labels,
@@ -157,6 +157,8 @@ class _Golden:
             invariance=old.invariance,
             recalibration=recalibration,
         )
+        # What was wrong with the graph still is, unless the correction has healed it.
+        return replace(parity, diagnosis=None if parity.verdict.passed else old.diagnosis)
 
 
 class _Material:

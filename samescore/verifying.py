@@ -11,15 +11,18 @@ from samescore._progress import silent, step
 from samescore.adapted import AdapterOptions
 from samescore.calibrate.certificate import Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
+from samescore.calibrate.diagnose import Diagnosis
 from samescore.calibrate.golden import GoldenSet, encode_golden, read_golden
 from samescore.calibrate.reference import Reporter, add_reference
 from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.bundle import Bundle
+from samescore.runtime.contract import text_of_record
 from samescore.runtime.errors import BundleError, ProviderError, UsageError
 from samescore.runtime.manifest import LabelToken, Manifest, Target, Variant
 from samescore.runtime.providers import available_targets, choose
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
+from samescore.same_tokens import VERIFY_TEXTS, tokenization_equality
 from samescore.scored import label_tokens_of, open_classifier
 
 GOLDEN_NAME = "golden.jsonl"
@@ -35,8 +38,10 @@ class VerifyResult:
 
     @property
     def passed(self) -> bool:
-        """Whether every checked variant is inside its tolerance."""
-        return all(parity.verdict.passed for parity in self.certificate.variants.values())
+        """Whether every checked variant is inside its tolerance, and token ids are those of the reference's tokenizer."""
+        tokenization = self.certificate.tokenization
+        same_tokens = tokenization is None or tokenization.different == 0
+        return same_tokens and all(parity.verdict.passed for parity in self.certificate.variants.values())
 
 
 def verify(
@@ -67,19 +72,23 @@ def verify(
         encoder = TextEncoder(bundle.read("tokenizer.json"), manifest.contract)
         golden = reference_texts(bundle, texts, has_reference=reference is not None)
         golden = encode_golden(golden, encoder)
-        note = None
+        note, checkpoint, tokenization = None, None, None
         if reference is not None:
             texts_of_labels = [token.text for token in manifest.label_tokens or ()]
             checkpoint, _ = open_classifier(
                 Path(reference), AdapterOptions(base=base), texts_of_labels, progress=progress
             )
+            sources = [text_of_record(text.record, manifest.contract) for text in golden.texts]
+            tokenization = tokenization_equality(checkpoint, encoder, sources, VERIFY_TEXTS, report)
             golden, note = fresh_reference(golden, checkpoint, manifest, report)
         threads = available_threads()
         parity: dict[str, VariantParity] = {}
+        diagnosis = Diagnosis(golden, manifest.labels, manifest.activation, checkpoint)
         for chosen, target in _runnable(manifest, variant, provider):
+            open_session = SessionMaker(bundle.model(chosen), target)
             with report(f"measuring {chosen.name} on {len(golden.texts)} texts", len(golden.texts)) as tick:
-                parity[chosen.name] = certify(
-                    SessionMaker(bundle.model(chosen), target),
+                certified = certify(
+                    open_session,
                     golden,
                     labels=manifest.labels,
                     activation=manifest.activation,
@@ -88,9 +97,10 @@ def verify(
                     prefix=encoder.prefix_ids,
                     recalibration=chosen.recalibration,
                     progress=tick,
-                ).parity
+                )
+            parity[chosen.name] = diagnosis.told(certified, open_session, chosen.precision).parity
     assert golden.reference is not None
-    return VerifyResult(checked, Certificate(golden.reference, environment(threads), parity), note)
+    return VerifyResult(checked, Certificate(golden.reference, environment(threads), parity, tokenization), note)
 
 
 def reference_texts(bundle: Bundle, texts: str | os.PathLike[str] | None, *, has_reference: bool) -> GoldenSet:
