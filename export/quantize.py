@@ -1,8 +1,10 @@
-"""int8 and int4 formats, as plain functions on arrays. All are symmetric; ranges are [-127, 127]."""
+"""int8 and int4 formats, as plain functions on arrays. int8 is symmetric with the range [-127, 127]; int4 has zero points."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -112,43 +114,78 @@ def quantize_blocks8(weight: FloatArray) -> tuple[npt.NDArray[np.uint8], FloatAr
 BLOCK4 = 32
 # Fractions of the range-preserving scale that are tried for each 4-bit block; clipping a lone outlier often pays.
 BLOCK4_FRACTIONS = (1.0, 0.94, 0.88, 0.82, 0.76)
+STEPS4 = 15
 
 
-def quantize_blocks4(weight: FloatArray) -> tuple[npt.NDArray[np.uint8], FloatArray]:
-    """4-bit blocks of 32 inputs for MatMulNBits: uint8 [N, K/32, 16] and scales float32 [N, K/32] of weight [K, N].
+class Blocks4(NamedTuple):
+    """A weight [K, N] in 4-bit blocks of 32 inputs, as MatMulNBits stores it: `(steps - zero) * scale`.
 
-    Values are stored with zero point 8, low nibble first; K is padded with zeros. Of each block, the value farthest from
-    zero maps to -8 (so that all 16 steps are used), and of a few smaller scales the one with the least squared error is
-    taken.
+    packed: steps uint8 [N, K/32, 16], low nibble first; K is padded. scales: float32 [N, K/32]. zeros: uint8 [N, K/64],
+    low nibble first, an odd number of blocks is padded.
     """
-    inputs, outputs = weight.shape
-    blocks = -(-inputs // BLOCK4)
-    packed = np.empty((outputs, blocks, BLOCK4 // 2), np.uint8)
-    scales = np.empty((outputs, blocks), np.float32)
-    step = max(1, (1 << 22) // max(1, inputs))
-    for start in range(0, outputs, step):
-        columns = weight[:, start : start + step].T
-        rows = np.zeros((len(columns), blocks * BLOCK4), np.float32)
-        rows[:, :inputs] = columns
-        values, scale = _fit_blocks4(rows.reshape(len(columns), blocks, BLOCK4))
-        packed[start : start + step] = values[..., 0::2] | (values[..., 1::2] << 4)
-        scales[start : start + step] = scale
-    return packed, scales
+
+    packed: npt.NDArray[np.uint8]
+    scales: FloatArray
+    zeros: npt.NDArray[np.uint8]
 
 
-def _fit_blocks4(blocks: FloatArray) -> tuple[npt.NDArray[np.uint8], FloatArray]:
-    """Values uint8 (0..15, zero point 8) and the scale of each block [..., 32]."""
-    farthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
-    full = np.where(farthest == 0, np.float32(1), farthest / np.float32(-8))
-    best_error = np.full(blocks.shape[:-1], np.inf, np.float32)
-    best = np.zeros(blocks.shape, np.uint8)
-    best_scale = np.ones(blocks.shape[:-1], np.float32)
-    for fraction in BLOCK4_FRACTIONS:
-        scale = full * np.float32(fraction)
-        steps = np.clip(np.rint(blocks / scale), -8, 7)
-        error = np.square(steps * scale - blocks).sum(axis=-1)
-        better = error < best_error
-        best_error[better] = error[better]
-        best_scale[better] = scale[..., 0][better]
-        best[better] = (steps[better] + 8).astype(np.uint8)
-    return best, best_scale
+def quantize_blocks4(weight: FloatArray) -> Blocks4:
+    """4-bit blocks of a weight float32 [K, N], rounded to the nearest step."""
+    steps = np.empty(weight.shape, np.uint8)
+    scales, zeros = np.empty((2, -(-len(weight) // BLOCK4), weight.shape[1]), np.float32)
+    for block in range(len(scales)):
+        here = slice(block * BLOCK4, (block + 1) * BLOCK4)
+        scales[block], zeros[block] = fit_block4(weight[here])
+        steps[here] = _steps4(weight[here], scales[block], zeros[block])
+    return pack_blocks4(steps, scales, zeros)
+
+
+def pack_blocks4(steps: npt.NDArray[np.uint8], scales: FloatArray, zeros: FloatArray) -> Blocks4:
+    """The stored form of steps uint8 [K, N] (0 to 15) with scales and zero points [K/32, N]."""
+    blocks, outputs = scales.shape
+    packed = _nibbles(_padded(steps.T, blocks * BLOCK4)).reshape(outputs, blocks, BLOCK4 // 2)
+    return Blocks4(packed, np.ascontiguousarray(scales.T), _nibbles(_padded(zeros.T, blocks + blocks % 2)))
+
+
+def fit_block4(rows: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Scale and zero point (0 to 15) of one block's rows [32, N], both float32 [N]: those with the least squared error.
+
+    Tried are scales that map the value farthest from zero to -8 with the zero point 8, scales that map the smallest and the
+    largest value (or zero) to both ends with the zero point between them, and fractions of both.
+    """
+    low, high = np.minimum(rows.min(axis=0), 0), np.maximum(rows.max(axis=0), 0)
+    symmetric = np.where(-low > high, low, high) / np.float32(-8)
+    spread = (high - low) / np.float32(STEPS4)
+    between = np.rint(np.divide(-low, spread, out=np.zeros_like(low), where=spread > 0))
+    return _best_of(rows, [(symmetric, np.full_like(low, 8)), (spread, between)])
+
+
+def _best_of(rows: FloatArray, candidates: Sequence[tuple[FloatArray, FloatArray]]) -> tuple[FloatArray, FloatArray]:
+    """The scale and zero point [N] of one block's rows [32, N]; candidates: full scales and their zero points."""
+    best_error = np.full(rows.shape[1], np.inf, np.float32)
+    best_scale, best_zero = np.ones((2, rows.shape[1]), np.float32)
+    for full, zero in candidates:
+        for fraction in BLOCK4_FRACTIONS:
+            scale = np.where(full == 0, np.float32(1), full * np.float32(fraction))
+            error = np.square((_steps4(rows, scale, zero) - zero) * scale - rows).sum(axis=0)
+            better = error < best_error
+            best_error[better], best_scale[better], best_zero[better] = error[better], scale[better], zero[better]
+    return best_scale, best_zero
+
+
+def _steps4(rows: FloatArray, scale: FloatArray, zero: FloatArray) -> FloatArray:
+    steps: FloatArray = np.clip(np.rint(rows / scale) + zero, 0, STEPS4)
+    return steps
+
+
+def _padded(values: npt.NDArray[Any], size: int) -> npt.NDArray[np.uint8]:
+    """uint8 [N, size] of values [N, K]. Inputs beyond K are zero, so that their weights do not matter."""
+    padded = np.zeros((len(values), size), np.uint8)
+    padded[:, : values.shape[1]] = values
+    return padded
+
+
+def _nibbles(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Two neighbours of the last axis in one byte, the first in its low half."""
+    packed: npt.NDArray[np.uint8] = values[..., 0::2] | (values[..., 1::2] << 4)
+    return packed

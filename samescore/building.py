@@ -62,7 +62,11 @@ class Calibrated:
         prefix: Ids,
         staging: Path,
         report: Reporter,
+        *,
+        grams: bool = False,
     ):
+        """grams: also collect the Gram matrices that GPTQ rounds by."""
+        self.grams = grams
         self.checkpoint = checkpoint
         self.input_ids = input_ids
         self.max_tokens = max_tokens
@@ -77,7 +81,9 @@ class Calibrated:
         count = len(self.input_ids)
         steps = count * len(stages_of(self.checkpoint))
         with self.report(f"activation statistics of {count} calibration texts", steps) as tick:
-            return collect_statistics(self.checkpoint, self.input_ids, workspace=self.staging, progress=tick)
+            return collect_statistics(
+                self.checkpoint, self.input_ids, grams=self.grams, workspace=self.staging, progress=tick
+            )
 
     def within(self, spec: VariantSpec, budget: Budget) -> tuple[VariantSpec, Choice]:
         """The variant with the formats that the budget needs, and what was found on the way."""

@@ -144,7 +144,13 @@ def export_bundle(
             refuse_difference(tokenization, checkpoint)
             texts = add_reference(texts, checkpoint, report, yardstick=True)
         calibrated = Calibrated(
-            checkpoint, calibration_texts.input_ids(), contract.max_tokens, encoder.prefix_ids, staging, report
+            checkpoint,
+            calibration_texts.input_ids(),
+            contract.max_tokens,
+            encoder.prefix_ids,
+            staging,
+            report,
+            grams=any(spec.recipe.rounding == "gptq" for spec in specs),
         )
         found = {spec.name: calibrated.within(spec, budgets[spec.name]) for spec in specs if spec.name in budgets}
         specs = [found[spec.name][0] if spec.name in found else spec for spec in specs]

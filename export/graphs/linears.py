@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from samescore.export.gptq import gptq_blocks4
 from samescore.export.graphs.blocks import FloatArray, GraphBuilder
 from samescore.export.quantize import (
     ChannelStatistics,
@@ -104,7 +105,8 @@ class FloatLinears:
         if self.taps and site not in self._tapped:
             self._tap(x, site, weight.shape[0])
         name = name or site
-        y = self._multiply(x, name, weight if rescaled is None else weight * rescaled.scale[:, None])
+        matrix = weight if rescaled is None else weight * rescaled.scale[:, None]
+        y = self._multiply(x, name, matrix, self._gram(site, rescaled))
         return y if bias is None else self.g.op("Add", y, self.g.float_weight(f"{name}.bias", bias))
 
     def gated(self, x: ir.Value, prefix: str, weights: GatedWeights, rescaled: Rescaling | None) -> ir.Value:
@@ -116,8 +118,12 @@ class FloatLinears:
         up = self(x, f"{prefix}.gate_up", wide, name=f"{prefix}.up_proj", rescaled=rescaled)
         return self(g.op("Mul", silu(g, gate), up), site, weights.down, rescaled=inner)
 
-    def _multiply(self, x: ir.Value, name: str, weight: FloatArray) -> ir.Value:
+    def _multiply(self, x: ir.Value, name: str, weight: FloatArray, gram: FloatArray | None) -> ir.Value:
         return self.g.op("MatMul", x, self.g.float_weight(f"{name}.weight", weight))
+
+    def _gram(self, site: str, rescaled: Rescaling | None) -> FloatArray | None:
+        """The Gram matrix [K, K] of what is multiplied, for formats that round by it."""
+        return None
 
     def _tap(self, x: ir.Value, site: str, channels: int) -> None:
         self._tapped.add(site)
@@ -151,7 +157,7 @@ class WeightOnlyLinears(FloatLinears):
 class WeightOnlyInt8Linears(WeightOnlyLinears):
     """int8 weights per output channel, dequantized before a float16 (or float32) MatMul: standard operators only."""
 
-    def _multiply(self, x: ir.Value, name: str, weight: FloatArray) -> ir.Value:
+    def _multiply(self, x: ir.Value, name: str, weight: FloatArray, gram: FloatArray | None) -> ir.Value:
         g = self.g
         values, scale = quantize_columns(weight)
         scales = g.float_weight(f"{name}.weight.scale", scale)
@@ -162,15 +168,25 @@ class WeightOnlyInt8Linears(WeightOnlyLinears):
 class Blocks8Linears(WeightOnlyLinears):
     """8-bit weights in blocks of inputs (MatMulNBits); on a CPU the operator also rounds activations to int8 blocks."""
 
-    def _multiply(self, x: ir.Value, name: str, weight: FloatArray) -> ir.Value:
-        return _matmul_nbits(self.g, x, name, weight, 8, *quantize_blocks8(weight))
+    def _multiply(self, x: ir.Value, name: str, weight: FloatArray, gram: FloatArray | None) -> ir.Value:
+        return _matmul_nbits(self.g, x, name, weight, 8, *quantize_blocks8(weight), None)
 
 
 class Blocks4Linears(WeightOnlyLinears):
-    """4-bit weights in blocks of 32 inputs (MatMulNBits); activations are rounded to int8 blocks inside the operator."""
+    """4-bit weights in blocks of 32 inputs (MatMulNBits); activations are rounded to int8 blocks inside the operator.
 
-    def _multiply(self, x: ir.Value, name: str, weight: FloatArray) -> ir.Value:
-        return _matmul_nbits(self.g, x, name, weight, 4, *quantize_blocks4(weight))
+    Weights are rounded by GPTQ where the recipe says so and the site's Gram matrix is known, else to the nearest.
+    """
+
+    def _multiply(self, x: ir.Value, name: str, weight: FloatArray, gram: FloatArray | None) -> ir.Value:
+        blocks = quantize_blocks4(weight) if gram is None else gptq_blocks4(weight, gram)
+        return _matmul_nbits(self.g, x, name, weight, 4, *blocks)
+
+    def _gram(self, site: str, rescaled: Rescaling | None) -> FloatArray | None:
+        gram = None if self.statistics is None else self.statistics[site].gram
+        if gram is None or self.g.recipe.rounding == "nearest":
+            return None
+        return gram if rescaled is None else gram / rescaled.scale[:, None] / rescaled.scale
 
 
 def _matmul_nbits(
@@ -181,13 +197,15 @@ def _matmul_nbits(
     bits: int,
     packed: npt.NDArray[np.uint8],
     scales: FloatArray,
+    zeros: npt.NDArray[np.uint8] | None,
 ) -> ir.Value:
-    """`x @ weight`, where packed [N, blocks, bytes] and scales [N, blocks] stand for the weight [K, N]."""
+    """`x @ weight`, where packed [N, blocks, bytes], scales [N, blocks] and zero points stand for the weight [K, N]."""
     return g.contrib(
         "MatMulNBits",
         x,
         g.weight(f"{name}.weight", packed),
         g.float_weight(f"{name}.weight.scale", scales),
+        None if zeros is None else g.weight(f"{name}.weight.zero", zeros),
         K=weight.shape[0],
         N=weight.shape[1],
         bits=bits,

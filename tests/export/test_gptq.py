@@ -1,0 +1,147 @@
+"""GPTQ against rounding to the nearest: what it gains, where both are the same, and what must not break it."""
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from samescore.export.gptq import DAMPING, feedback, gptq_blocks4
+from samescore.export.quantize import BLOCK4, quantize_blocks4
+
+ort = pytest.importorskip("onnxruntime")
+
+
+def restored(blocks, inputs):
+    """The weight float64 [K, N] that stored blocks stand for."""
+    outputs, count = blocks.scales.shape
+    steps = np.stack([blocks.packed & 15, blocks.packed >> 4], axis=-1).reshape(outputs, count, BLOCK4)
+    zeros = np.stack([blocks.zeros & 15, blocks.zeros >> 4], axis=-1).reshape(outputs, -1)[:, :count]
+    values = (steps.astype(np.float64) - zeros[..., None]) * blocks.scales[..., None]
+    return values.reshape(outputs, -1).T[:inputs]
+
+
+def loss(x, weight, blocks):
+    return np.square(x @ (weight - restored(blocks, len(weight)))).sum()
+
+
+def correlated(random, rows, channels):
+    """Inputs [rows, channels] float64 that mostly lie in a quarter of their dimensions."""
+    spread = random.normal(size=(channels // 4, channels)) * np.exp(random.normal(size=channels) / 2)
+    return random.normal(size=(rows, channels // 4)) @ spread + 0.1 * random.normal(size=(rows, channels))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([64, 96, 100, 130]))
+def test_it_loses_much_less_on_correlated_inputs(seed, channels):
+    """On other inputs of the same kind than those it was fitted to."""
+    random = np.random.default_rng(seed)
+    x = correlated(random, 2000, channels)
+    fitted, other = x[:1500], x[1500:]
+    weight = random.normal(size=(channels, 24)).astype(np.float32)
+    gptq = gptq_blocks4(weight, (fitted.T @ fitted).astype(np.float32))
+    assert loss(other, weight, gptq) < 0.5 * loss(other, weight, quantize_blocks4(weight))
+
+
+@pytest.mark.parametrize("channels", [32, 70, 96])
+def test_it_is_the_nearest_where_channels_have_nothing_to_do_with_each_other(channels):
+    random = np.random.default_rng(1)
+    weight = random.normal(size=(channels, 7)).astype(np.float32)
+    gram = np.diag(np.exp(random.normal(size=channels))).astype(np.float32)
+    for ours, nearest in zip(gptq_blocks4(weight, gram), quantize_blocks4(weight), strict=True):
+        np.testing.assert_array_equal(ours, nearest)
+
+
+def test_the_factor_gives_the_damped_matrix_back():
+    random = np.random.default_rng(2)
+    x = correlated(random, 200, 40)
+    gram = (x.T @ x).astype(np.float32)
+    upper = np.eye(40) + feedback(gram)
+    damped = gram + DAMPING * np.diagonal(gram).mean() * np.eye(40)
+    middle = np.linalg.inv(upper) @ damped @ np.linalg.inv(upper).T
+    assert not np.tril(feedback(gram)).any()
+    np.testing.assert_allclose(middle, np.diag(np.diagonal(middle)), atol=1e-4 * np.abs(middle).max())
+
+
+def test_it_is_the_paper_with_its_inverse():
+    """Frantar et al.'s algorithm 1, row by row with the Cholesky factor of the inverse."""
+    random = np.random.default_rng(3)
+    x = correlated(random, 300, 32)
+    gram = (x.T @ x).astype(np.float32)
+    weight = random.normal(size=(32, 9)).astype(np.float32)
+    blocks = gptq_blocks4(weight, gram)
+    scale, zero = blocks.scales[:, 0].astype(np.float64), (blocks.zeros[:, 0] & 15).astype(np.float64)
+    damped = gram + DAMPING * np.diagonal(gram).mean() * np.eye(32)
+    inverse = np.linalg.cholesky(np.linalg.inv(damped)).T
+    left, expected = weight.astype(np.float64), np.empty((32, 9))
+    for k in range(32):
+        expected[k] = (np.clip(np.rint(left[k] / scale) + zero, 0, 15) - zero) * scale
+        left[k:] -= np.outer(inverse[k, k:], (left[k] - expected[k]) / inverse[k, k])
+    np.testing.assert_allclose(restored(blocks, 32), expected, atol=1e-6)
+
+
+def test_dead_channels_and_too_few_texts():
+    random = np.random.default_rng(4)
+    x = random.normal(size=(10, 96))
+    x[:, [3, 40, 41]] = 0
+    weight = random.normal(size=(96, 12)).astype(np.float32)
+    gptq = gptq_blocks4(weight, (x.T @ x).astype(np.float32))
+    assert loss(x, weight, gptq) < 0.2 * loss(x, weight, quantize_blocks4(weight))
+    error = np.abs(restored(gptq, 96) - weight)[[3, 40, 41]]
+    assert (error <= gptq.scales.max() * 1.01).all()
+
+
+def test_a_layer_that_no_text_reaches_is_rounded_to_the_nearest():
+    weight = np.random.default_rng(5).normal(size=(64, 5)).astype(np.float32)
+    for ours, nearest in zip(
+        gptq_blocks4(weight, np.zeros((64, 64), np.float32)), quantize_blocks4(weight), strict=True
+    ):
+        np.testing.assert_array_equal(ours, nearest)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_scale_of_the_gram_matrix_does_not_matter(scale):
+    random = np.random.default_rng(6)
+    x = correlated(random, 400, 64)
+    weight = random.normal(size=(64, 6)).astype(np.float32)
+    gram = x.T @ x
+    first, again = (gptq_blocks4(weight, (gram * s).astype(np.float32)) for s in (1.0, scale))
+    assert loss(x, weight, again) == pytest.approx(loss(x, weight, first), rel=0.02)
+    for ours, other in zip(gptq_blocks4(weight, gram.astype(np.float32)), first, strict=True):
+        np.testing.assert_array_equal(ours, other)
+
+
+@pytest.mark.parametrize("channels", [32, 40, 96, 100])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_onnx_runtime_reads_the_blocks_as_we_mean_them(channels, rounding, tmp_path):
+    """Steps, scales and zero points of every block, also where K is no multiple of 32 and where blocks are odd in number."""
+    random = np.random.default_rng(7)
+    x = correlated(random, 300, channels)
+    weight = (random.normal(size=(channels, 10)) + 0.5).astype(np.float32)
+    weight[:, 3] = np.abs(weight[:, 3])
+    weight[:, 4] = 0
+    weight[:32, 5] = 0
+    blocks = quantize_blocks4(weight) if rounding == "nearest" else gptq_blocks4(weight, (x.T @ x).astype(np.float32))
+    assert not restored(blocks, channels)[:, 4].any()
+    assert len(np.unique(blocks.zeros)) > 1
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    stored = [
+        numpy_helper.from_array(array, name) for array, name in zip(blocks, ("packed", "scales", "zeros"), strict=True)
+    ]
+    node = helper.make_node(
+        "MatMulNBits", ["x", "packed", "scales", "zeros"], ["y"], domain="com.microsoft",
+        K=channels, N=10, bits=4, block_size=BLOCK4, accuracy_level=1,
+    )  # fmt: skip
+    float32 = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", float32, [None, channels])],
+        [helper.make_tensor_value_info("y", float32, [None, 10])],
+        stored,
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"x": np.eye(channels, dtype=np.float32)})
+    np.testing.assert_allclose(got, restored(blocks, channels), atol=1e-5)
