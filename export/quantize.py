@@ -187,5 +187,5 @@ def _padded(values: npt.NDArray[Any], size: int) -> npt.NDArray[np.uint8]:
 
 def _nibbles(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Two neighbours of the last axis in one byte, the first in its low half."""
-    packed: npt.NDArray[np.uint8] = values[..., 0::2] | (values[..., 1::2] << 4)
+    packed: npt.NDArray[np.uint8] = values[..., 0::2] | np.left_shift(values[..., 1::2], 4, dtype=np.uint8)
     return packed
