@@ -1,7 +1,7 @@
 """GPTQ: rounding weights one input channel after another, so that later channels make up for what earlier ones lost.
 
     H   = (I + U) D (I + U)^T                                U strictly upper triangular
-    w_k = W[k] + U[:k, k]^T (W - W')[:k],  W'[k] = the step nearest to w_k
+    W'[k] = the step nearest to  W[k] + U[:k, k]^T (W - W')[:k]
 
 It lowers `sum of (X W - X W')^2` over the inputs X of calibration texts, of which only the Gram matrix H = X^T X is needed
 (Frantar et al. 2022). This form without an inverse is Chee et al. 2023 (QuIP), who show it to be the same (theorem 6).
@@ -12,32 +12,36 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from samescore.export.quantize import BLOCK4, STEPS4, Blocks4, FloatArray, fit_block4, pack_blocks4
+from samescore.export.quantize import BLOCK4, STEPS4, Blocks4, FloatArray, fit_blocks4, pack_blocks4
 
 # Added to the diagonal of H, as a share of its mean (Frantar et al.).
 DAMPING = 0.01
 
 
+# Channels that are brought up to date at once.
+GROUP = 32
+
+
 def gptq_blocks4(weight: FloatArray, gram: FloatArray) -> Blocks4:
     """The format of `quantize_blocks4` for a weight float32 [K, N] and inputs with the Gram matrix [K, K], of any scale.
 
-    A block's scales and zero points are fitted to what its weights are when its turn comes.
+    Scales and zero points are those of the nearest rounding, so that the order of the channels is free: those with the most
+    power first, while all others can still make up for them (the authors' `act_order`).
     """
-    factor = feedback(gram)
-    errors = np.zeros_like(weight)
-    steps = np.empty(weight.shape, np.uint8)
-    scales, zeros = np.empty((2, -(-len(weight) // BLOCK4), weight.shape[1]), np.float32)
-    for block in range(len(scales)):
-        start = block * BLOCK4
-        here = slice(start, start + BLOCK4)
-        wanted = weight[here] + factor[:start, here].T @ errors[:start]
-        scales[block], zeros[block] = scale, zero = fit_block4(wanted)
-        for row in range(len(wanted)):
-            k = start + row
-            target = wanted[row] + factor[start:k, k] @ errors[start:k]
+    scales, zeros = fit_blocks4(weight)
+    order = np.argsort(-np.diagonal(gram), kind="stable")
+    factor = feedback(gram[np.ix_(order, order)])
+    rows, block = weight[order], order // BLOCK4
+    errors, steps = np.zeros_like(rows), np.empty(weight.shape, np.uint8)
+    for start in range(0, len(rows), GROUP):
+        group = slice(start, start + GROUP)
+        wanted = rows[group] + factor[:start, group].T @ errors[:start]
+        for k, target in enumerate(wanted, start):
+            scale, zero = scales[block[k]], zeros[block[k]]
+            target += factor[start:k, k] @ errors[start:k]
             step = np.clip(np.rint(target / scale) + zero, 0, STEPS4)
-            errors[k] = weight[k] - (step - zero) * scale
-            steps[k] = step
+            errors[k] = rows[k] - (step - zero) * scale
+            steps[order[k]] = step
     return pack_blocks4(steps, scales, zeros)
 
 

@@ -131,11 +131,9 @@ class Blocks4(NamedTuple):
 
 def quantize_blocks4(weight: FloatArray) -> Blocks4:
     """4-bit blocks of a weight float32 [K, N], rounded to the nearest step."""
+    scales, zeros = fit_blocks4(weight)
     steps = np.empty(weight.shape, np.uint8)
-    scales, zeros = np.empty((2, -(-len(weight) // BLOCK4), weight.shape[1]), np.float32)
-    for block in range(len(scales)):
-        here = slice(block * BLOCK4, (block + 1) * BLOCK4)
-        scales[block], zeros[block] = fit_block4(weight[here])
+    for block, here in enumerate(_blocks4(weight)):
         steps[here] = _steps4(weight[here], scales[block], zeros[block])
     return pack_blocks4(steps, scales, zeros)
 
@@ -147,17 +145,27 @@ def pack_blocks4(steps: npt.NDArray[np.uint8], scales: FloatArray, zeros: FloatA
     return Blocks4(packed, np.ascontiguousarray(scales.T), _nibbles(_padded(zeros.T, blocks + blocks % 2)))
 
 
-def fit_block4(rows: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Scale and zero point (0 to 15) of one block's rows [32, N], both float32 [N]: those with the least squared error.
+def fit_blocks4(weight: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Scales and zero points (0 to 15) of a weight's [K, N] blocks, float32 [K/32, N]: those with the least squared error.
 
     Tried are scales that map the value farthest from zero to -8 with the zero point 8, scales that map the smallest and the
     largest value (or zero) to both ends with the zero point between them, and fractions of both.
     """
-    low, high = np.minimum(rows.min(axis=0), 0), np.maximum(rows.max(axis=0), 0)
-    symmetric = np.where(-low > high, low, high) / np.float32(-8)
-    spread = (high - low) / np.float32(STEPS4)
-    between = np.rint(np.divide(-low, spread, out=np.zeros_like(low), where=spread > 0))
-    return _best_of(rows, [(symmetric, np.full_like(low, 8)), (spread, between)])
+    blocks = _blocks4(weight)
+    scales, zeros = np.empty((2, len(blocks), weight.shape[1]), np.float32)
+    for block, here in enumerate(blocks):
+        rows = weight[here]
+        low, high = np.minimum(rows.min(axis=0), 0), np.maximum(rows.max(axis=0), 0)
+        symmetric = np.where(-low > high, low, high) / np.float32(-8)
+        spread = (high - low) / np.float32(STEPS4)
+        between = np.rint(np.divide(-low, spread, out=np.zeros_like(low), where=spread > 0))
+        scales[block], zeros[block] = _best_of(rows, [(symmetric, np.full_like(low, 8)), (spread, between)])
+    return scales, zeros
+
+
+def _blocks4(weight: FloatArray) -> list[slice]:
+    """The inputs of each block; the last may have fewer."""
+    return [slice(start, start + BLOCK4) for start in range(0, len(weight), BLOCK4)]
 
 
 def _best_of(rows: FloatArray, candidates: Sequence[tuple[FloatArray, FloatArray]]) -> tuple[FloatArray, FloatArray]:
