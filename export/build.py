@@ -162,6 +162,9 @@ def build_variant(
         "smoothing": "from calibration texts" if statistics and spec.recipe.smoothing else "none",
         "graph": "fused operators, no padding" if spec.recipe.contrib else "plain ONNX, attention mask",
     }
+    if spec.recipe.rounding == "gptq":
+        known = statistics and all(one.gram is not None for one in statistics.values())
+        recipe["rounding"] = "GPTQ from calibration texts" if known else "nearest"
     if spec.recipe.choices:
         recipe["parts"] = spec.recipe.to_text()
     inputs = tuple(value.name for value in model.graph.inputs)

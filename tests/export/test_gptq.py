@@ -1,13 +1,20 @@
 """GPTQ against rounding to the nearest: what it gains, where both are the same, and what must not break it."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samescore.export.gptq import DAMPING, feedback, gptq_blocks4
-from samescore.export.quantize import BLOCK4, quantize_blocks4
+from samescore.export.graphs.blocks import GraphBuilder
+from samescore.export.graphs.formats import make_linears
+from samescore.export.quantize import BLOCK4, Blocks4, ChannelStatistics, Rescaling, quantize_blocks4
+from samescore.export.recipes import variant_spec
+from samescore.export.weights import WeightFile
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -146,3 +153,30 @@ def test_onnx_runtime_reads_the_blocks_as_we_mean_them(channels, rounding, tmp_p
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"x": np.eye(channels, dtype=np.float32)})
     np.testing.assert_allclose(got, restored(blocks, channels), atol=1e-5)
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_a_layer_uses_the_gram_matrix_of_what_it_multiplies(rescaled, tmp_path):
+    """Statistics are of the input as it was; where its producer divides channels by scales, so are the matrix's."""
+    random = np.random.default_rng(9)
+    x = correlated(random, 600, 96).astype(np.float32)
+    weight = random.normal(size=(96, 24)).astype(np.float32)
+    scale = np.exp(2 * random.normal(size=96)).astype(np.float32)
+    rescaling = Rescaling(np.zeros_like(scale), scale) if rescaled else None
+    rows = x / scale if rescaled else x
+    gram = x.T @ x / np.float32(len(x))
+    found = {}
+    for rounding in ("nearest", "gptq"):
+        folder = tmp_path / rounding
+        folder.mkdir()
+        weights = WeightFile(folder / "model.onnx.data")
+        g = GraphBuilder(weights, replace(variant_spec("cpu-int4").recipe, rounding=rounding))
+        statistics = {"site": ChannelStatistics(x.min(axis=0), x.max(axis=0), x.mean(axis=0), gram)}
+        value = g.input("x", ir.DataType.FLOAT, ["rows", 96])
+        make_linears(g, statistics=statistics)(value, "site", weight, name="layer", rescaled=rescaling)
+        weights.close()
+        ir.save(g.model("product"), folder / "model.onnx")
+        stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(folder / "model.onnx").graph.initializer}
+        blocks = Blocks4(*(stored[f"layer.weight{suffix}"] for suffix in ("", ".scale", ".zero")))
+        found[rounding] = loss(rows, weight * rescaling.scale[:, None] if rescaled else weight, blocks)
+    assert found["gptq"] < 0.5 * found["nearest"]
