@@ -22,6 +22,7 @@ from samescore.runtime.errors import InputError, UsageError, did_you_mean
 from samescore.runtime.manifest import Manifest, Precision
 from samescore.runtime.prediction import probabilities_of
 from samescore.runtime.providers import choose
+from samescore.runtime.recalibration import calibrated
 
 if TYPE_CHECKING:
     from samescore.calibrate.reference import Reporter
@@ -227,7 +228,7 @@ def _score(
     golden: GoldenSet,
     report: Reporter,
 ) -> _Scored:
-    """The texts as this bundle reads and scores them."""
+    """The texts as this bundle reads and scores them, with its recalibration."""
     classifier = Classifier(path, provider=provider, variant=variant)
     ids = []
     for number, text in enumerate(golden.texts):
@@ -238,7 +239,7 @@ def _score(
             raise InputError(f"{name} ({os.fspath(path)}) cannot read text {number}: {error}") from error
     chosen = classifier.variant
     with report(f"scoring {len(ids)} texts with {name}, {chosen.name}", len(ids)) as tick:
-        logits = classifier.logits(ids, progress=tick)
+        logits = calibrated(classifier.logits(ids, progress=tick), chosen.recalibration)
     side = Side(os.fspath(path), classifier.digest, chosen.name, chosen.precision, classifier.target)
     return _Scored(side, ids, logits)
 

@@ -86,7 +86,7 @@ def test_int8_on_e5_is_as_measured(e5):
     """Not inside the int8 gate: one scale per token costs about four times this model's own bfloat16 noise.
 
     Measured: max 1.6e-1, p99 5.3e-2, mean 3.9e-3, 99.4 % same label, noise ratio 4.0. The bounds are looser and leave
-    max and p99 free, so they catch a broken recipe, not a slightly worse one; docs/parity.md says what was tried.
+    max and p99 free, so they catch a broken recipe, not a slightly worse one; docs/recipes.md says what was tried.
     """
     drift = e5.certificate.variants["cpu-int8"].drift
     assert drift.mean_abs_dp <= 6e-3
