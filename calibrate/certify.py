@@ -14,6 +14,7 @@ from samescore.calibrate.gate import TOLERANCES, Tolerance, judge
 from samescore.calibrate.golden import GoldenSet
 from samescore.calibrate.metrics import Drift, measure
 from samescore.calibrate.recalibrate import judged_pair
+from samescore.calibrate.shipped import ShippedSet
 from samescore.runtime.bundle import ModelBytes
 from samescore.runtime.manifest import Activation, Precision, Target
 from samescore.runtime.prefill import Ids, Reader, feeds_for, logits_of, state_after
@@ -79,7 +80,7 @@ def certify(
 
 def parity_of(
     logits: npt.NDArray[np.float32],
-    golden: GoldenSet,
+    golden: GoldenSet | ShippedSet,
     *,
     labels: Sequence[str],
     activation: Activation,

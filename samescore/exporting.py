@@ -31,12 +31,12 @@ from samescore.calibrate.golden import (
     encode_golden,
     text_digests,
     without_texts,
-    write_golden,
 )
 from samescore.calibrate.next_token import mass_warning
 from samescore.calibrate.reference import Reporter, add_reference
 from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, Scores, write_scores
 from samescore.calibrate.search import search
+from samescore.calibrate.shipped import GOLDEN_NAME, write_shipped
 from samescore.calibrate.stages import read_model, stages_of
 from samescore.card import model_card
 from samescore.export.adapter import AdaptedCheckpoint
@@ -62,8 +62,6 @@ from samescore.runtime.prefill import Ids
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
 from samescore.scored import label_tokens_of, open_classifier, values_of
-
-GOLDEN_NAME = "golden.jsonl"
 
 
 @dataclass(frozen=True)
@@ -419,7 +417,7 @@ def _write(
 ) -> Manifest:
     """All files but the variants', then the manifest that lists them."""
     (staging / "tokenizer.json").write_bytes(tokenizer)
-    (staging / GOLDEN_NAME).write_bytes(write_golden(texts))
+    (staging / GOLDEN_NAME).write_bytes(write_shipped(texts, manifest.contract))
     (staging / CERTIFICATE_NAME).write_bytes(certificate.to_json())
     canary = canary_json(texts, manifest.variants, scores, activation=manifest.activation, prefix=prefix)
     (staging / CANARY_NAME).write_bytes(canary)
