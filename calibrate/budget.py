@@ -33,7 +33,7 @@ class Budget:
             if name not in BUDGET_NAMES:
                 raise UsageError(
                     f"budget {text!r}: {name!r} is none of gate, {', '.join(BUDGET_NAMES)}.{did_you_mean(name, BUDGET_NAMES)} "
-                    "Write --budget gate, or --budget p99=5e-3,mean=1e-3"
+                    "Write --budget gate, --budget none or --budget p99=5e-3,mean=1e-3"
                 )
             try:
                 found[BUDGET_NAMES[name]] = float(value)

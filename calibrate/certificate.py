@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 
 from samescore.calibrate.gate import Tolerance, Verdict
 from samescore.calibrate.golden import ReferenceInfo
 from samescore.calibrate.metrics import Drift
+from samescore.calibrate.token_faults import TokenizationEquality
 from samescore.runtime.cpu import cpu_model, int8_flags
 from samescore.runtime.errors import BundleError
 from samescore.runtime.manifest import parse_as
@@ -36,9 +37,11 @@ class Invariance:
 
 @dataclass(frozen=True)
 class VariantParity:
-    """One variant's numbers, the tolerance they were held against, and the verdict.
+    """One variant's numbers, the tolerance they were held against, the verdict, and what a failing one suffers from.
 
-    before: the drift without the variant's recalibration; None where it has none.
+    before: the drift without the variant's recalibration; None where it has none. sensitivity: by part of the network, the
+    mean largest change of a calibration text's probabilities when that part alone is quantized; None where no formats were
+    searched.
     """
 
     drift: Drift
@@ -46,15 +49,29 @@ class VariantParity:
     tolerance: Tolerance
     verdict: Verdict
     before: Drift | None = None
+    sensitivity: Mapping[str, float] | None = None
+    diagnosis: str | None = None
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The whole of `parity.json`."""
+    """The whole of `parity.json`.
+
+    tokenization: our token ids against the Hugging Face tokenizer's; None where that was not asked for or transformers was
+    not needed (stored reference logits).
+    """
 
     reference: ReferenceInfo
     environment: Mapping[str, object]
     variants: Mapping[str, VariantParity]
+    tokenization: TokenizationEquality | None = None
+
+    def searched(self, sensitivities: Mapping[str, Mapping[str, float] | None]) -> Certificate:
+        """The same with what recipe searches measured, by variant."""
+        variants = {
+            name: replace(parity, sensitivity=sensitivities.get(name)) for name, parity in self.variants.items()
+        }
+        return replace(self, variants=variants)
 
     def to_json(self) -> bytes:
         """UTF-8 JSON, two spaces."""
@@ -68,16 +85,17 @@ def parse_certificate(raw: bytes) -> Certificate:
         document = json.loads(raw)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BundleError(f"{CERTIFICATE_NAME} is not JSON: {error}") from error
-    keys = {"schema_version", "reference", "environment", "variants"}
+    keys = {"schema_version", "reference", "environment", "variants", "tokenization"}
     if not isinstance(document, dict) or document.keys() != keys or document["schema_version"] != SCHEMA_VERSION:
         raise BundleError(f"{CERTIFICATE_NAME} is no certificate of schema {SCHEMA_VERSION}; it needs {sorted(keys)}")
-    environment, variants = document["environment"], document["variants"]
+    environment, variants, tokenization = (document[key] for key in ("environment", "variants", "tokenization"))
     if not isinstance(environment, dict) or not isinstance(variants, dict):
         raise BundleError(f"{CERTIFICATE_NAME}: environment and variants must be objects")
     return Certificate(
         reference=parse_as(ReferenceInfo, document["reference"], "reference"),
         environment=environment,
         variants={name: parse_as(VariantParity, value, f"variants[{name!r}]") for name, value in variants.items()},
+        tokenization=None if tokenization is None else parse_as(TokenizationEquality, tokenization, "tokenization"),
     )
 
 
@@ -110,7 +128,20 @@ def parity_table(variants: Mapping[str, VariantParity]) -> str:
             f"{agreement:>20}{noise:>7}  {parity.verdict.outcome}"
         )
         lines.extend(f"  {line}" for line in (*parity.verdict.failures, *parity.verdict.notes))
+        if parity.diagnosis is not None:
+            lines.append(f"  diagnosis: {parity.diagnosis}")
     return "\n".join(lines)
+
+
+def tokenization_line(tokenization: TokenizationEquality | None) -> str | None:
+    """One line on the comparison of token ids, or None where there was none."""
+    if tokenization is None:
+        return None
+    if tokenization.different == 0:
+        return f"token ids: as transformers' on {tokenization.texts} strings"
+    return f"token ids: FAIL, {tokenization.different} of {tokenization.texts} strings differ from transformers'\n" + (
+        f"  diagnosis: {tokenization.first_difference}"
+    )
 
 
 TABLE_LEGEND = (

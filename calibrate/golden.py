@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from samescore.calibrate.token_faults import name_difference
 from samescore.runtime.contract import TextContract, text_of_record
 from samescore.runtime.errors import BundleError, InputError
 from samescore.runtime.manifest import parse_as
@@ -192,19 +193,23 @@ def write_golden(golden: GoldenSet) -> bytes:
 
 def encode_golden(golden: GoldenSet, encoder: TextEncoder) -> GoldenSet:
     """Tokenize every text; with stored ids, BundleError if any text now yields other ids."""
-    texts, changed = [], []
+    texts, stored, now = [], [], []
+    first = 0
     for number, text in enumerate(golden.texts):
         try:
             ids = encoder.encode(text_of_record(text.record, encoder.contract)).input_ids
         except InputError as error:
             raise InputError(f"golden text {number}: {error}") from error
         if text.input_ids is not None and not np.array_equal(ids, text.input_ids):
-            changed.append(number)
+            stored.append(text.input_ids)
+            now.append(ids)
+            first = number if len(now) == 1 else first
         texts.append(replace(text, input_ids=ids))
-    if changed:
+    if now:
         raise BundleError(
-            f"{len(changed)} of {len(texts)} golden texts tokenize to other ids than the stored ones "
-            f"(first: text {changed[0]}): the tokenizer, the contract or the golden set belongs to something else"
+            f"{len(now)} of {len(texts)} golden texts tokenize to other ids than the stored ones "
+            f"(first: text {first}): the tokenizer, the contract or the golden set belongs to something else. "
+            f"diagnosis: {name_difference(stored, now, encoder.spell)}"
         )
     return replace(golden, texts=tuple(texts))
 

@@ -189,6 +189,65 @@ def _random(folder: Path, missing: set[str]) -> CheckpointError:
     )
 
 
+def position_logits(
+    checkpoint: Checkpoint, input_ids: Sequence[npt.NDArray[np.int64]]
+) -> list[npt.NDArray[np.float32]] | None:
+    """What BERT's head says of every position, float32 [sequence, labels] of each text's ids; None for other models."""
+    torch = import_torch()
+    model = load_reference(checkpoint)
+    if not hasattr(model, "bert") or not hasattr(model, "classifier"):
+        return None
+    rows = []
+    with torch.inference_mode(), _quiet():
+        for ids in input_ids:
+            hidden = model.bert(torch.from_numpy(ids[None, :])).last_hidden_state[0]
+            # The pooler reads position 0: each position is handed to it as a text of its own.
+            rows.append(model.classifier(model.bert.pooler(hidden[:, None, :])).float().numpy())
+    return rows
+
+
+@dataclass(frozen=True)
+class ReferenceTokenizer:
+    """The tokenizer that transformers loads from a checkpoint.
+
+    encode: token ids of each text, special tokens included. control: ids that text must not become, how many of which
+    (`added`) it puts around each text. spell: the text of ids.
+    """
+
+    encode: Callable[[Sequence[str]], list[list[int]]]
+    spell: Callable[[Sequence[int]], str]
+    control: frozenset[int]
+    added: int
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> ReferenceTokenizer:
+    """`AutoTokenizer` of the folder that the checkpoint's tokenizer.json lies in, without any remote code."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"comparing token ids with the Hugging Face tokenizer needs {error.name}: pip install 'samescore[calibrate]', or "
+            "leave it away with --tokenization-texts 0"
+        ) from error
+    folder = checkpoint.folder
+    if isinstance(checkpoint, AdaptedCheckpoint) and not (folder / "tokenizer.json").is_file():
+        folder = checkpoint.base.folder
+    with _quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        with _quiet():
+            found: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+        return found
+
+    return ReferenceTokenizer(
+        encode=encode,
+        spell=lambda ids: str(tokenizer.decode(list(ids))),
+        control=frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id},
+        added=int(tokenizer.num_special_tokens_to_add()),
+    )
+
+
 def add_reference(golden: GoldenSet, checkpoint: Checkpoint, report: Reporter, *, yardstick: bool = False) -> GoldenSet:
     """The encoded golden set with PyTorch's float32 logits; `yardstick` also measures the reference's bfloat16 run."""
     import_torch()

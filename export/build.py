@@ -163,7 +163,7 @@ def build_variant(
         "graph": "fused operators, no padding" if spec.recipe.contrib else "plain ONNX, attention mask",
     }
     if spec.recipe.choices:
-        recipe["parts"] = " ".join(f"{part}={chosen}" for part, chosen in spec.recipe.choices)
+        recipe["parts"] = spec.recipe.to_text()
     inputs = tuple(value.name for value in model.graph.inputs)
     variant = _variant(spec, inputs, spec.recipe.opset, recipe, (DATA_NAME,))
     return replace(variant, max_tokens=architecture.limit(spec.recipe, max_tokens))

@@ -68,6 +68,21 @@ class Recipe:
             return (self.embedding, *FINER_EMBEDDING.get(self.embedding, ()))
         return (self.linear, *FINER.get(self.linear, ()))
 
+    def to_text(self) -> str:
+        """The choices as one line, `part=format part=format`."""
+        return " ".join(f"{part}={chosen}" for part, chosen in self.choices)
+
+    def with_text(self, recipe: Mapping[str, str]) -> Recipe:
+        """The same with the choices of a manifest's `recipe`; UsageError for formats that this recipe's parts cannot have."""
+        choices: dict[str, NumberFormat] = {}
+        for entry in recipe.get("parts", "").split():
+            part, _, chosen = entry.partition("=")
+            known = next((option for option in self.options(part) if option == chosen), None)
+            if known is None:
+                raise UsageError(f"the recipe has {entry!r}; {part} can be {', '.join(self.options(part))}")
+            choices[part] = known
+        return self.choosing(choices)
+
     def choosing(self, choices: Mapping[str, NumberFormat]) -> Recipe:
         """The same with these parts in these formats."""
         return replace(self, choices=tuple(choices.items()))

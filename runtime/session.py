@@ -84,8 +84,8 @@ class Session:
         return {**feeds, **state}
 
     def run_outputs(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
-        """Several named outputs (for graphs that expose more than `logits`)."""
-        return list(self._session.run(list(names), dict(feeds)))
+        """Several named outputs (for graphs that expose more than `logits`), with no tokens before these."""
+        return list(self._session.run(list(names), self._with_state(feeds, None)))
 
 
 @contextmanager

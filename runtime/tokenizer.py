@@ -66,6 +66,14 @@ class TextEncoder:
         fit = {"middle": self._fit_middle, "right": self._fit_right, "article": self._fit_article}
         return self._encoded(fit[self.contract.truncation](article), truncated=True)
 
+    def spell(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def string(self, item: Any) -> str:
+        """What the tokenizer reads of a text that is not cut, before control tokens in it are broken; see `encode`."""
+        return self._whole(render(item, self.contract))
+
     def _whole(self, text: str) -> str:
         """The string that is tokenized: of an instruction, the template around the article."""
         if self.contract.kind != "instruction":

@@ -38,7 +38,8 @@ from samescore.runtime.recalibration import FittedTo, Method, Recalibration
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
 from samescore.scored import open_classifier
-from samescore.verifying import fresh_reference, reference_texts
+from samescore.verified_texts import reference_texts
+from samescore.verifying import fresh_reference
 
 CARD_NAME = "README.md"
 
@@ -149,7 +150,7 @@ class _Golden:
     def parity(self, name: str, recalibration: Recalibration | None) -> VariantParity:
         """The variant's certificate with that correction."""
         old = self.certificate.variants[name]
-        return parity_of(
+        parity = parity_of(
             self.scores[name],
             self.texts,
             labels=self.manifest.labels,
@@ -158,6 +159,8 @@ class _Golden:
             invariance=old.invariance,
             recalibration=recalibration,
         )
+        # What was wrong with the graph still is, unless the correction has healed it.
+        return replace(parity, diagnosis=None if parity.verdict.passed else old.diagnosis)
 
 
 class _Material:

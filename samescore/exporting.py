@@ -13,19 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from samescore._progress import silent, step
 from samescore.adapted import AdapterOptions
-from samescore.calibrate.activations import CalibrationRun, collect_statistics
-from samescore.calibrate.budget import Budget
+from samescore.building import Calibrated, budgets_of, recipes_of
 from samescore.calibrate.canary import canary_json
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
-from samescore.calibrate.gate import TOLERANCES
+from samescore.calibrate.diagnose import Diagnosis
 from samescore.calibrate.golden import (
     GoldenSet,
     encode_golden,
@@ -35,33 +33,32 @@ from samescore.calibrate.golden import (
 from samescore.calibrate.next_token import mass_warning
 from samescore.calibrate.reference import Reporter, add_reference
 from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, Scores, write_scores
-from samescore.calibrate.search import search
 from samescore.calibrate.shipped import GOLDEN_NAME, write_shipped
-from samescore.calibrate.stages import read_model, stages_of
+from samescore.calibrate.stages import read_model
+from samescore.calibrate.token_faults import TokenizationEquality
 from samescore.card import model_card
-from samescore.export.adapter import AdaptedCheckpoint
-from samescore.export.build import architecture_of, build_variant, check_buildable, check_variant
+from samescore.export.build import architecture_of, check_buildable, check_variant
 from samescore.export.checkpoint import Checkpoint
-from samescore.export.hub import fetch, is_hub_id
-from samescore.export.profiles import Profile, contract_for, find_profile, labels_for, profile_named
+from samescore.export.profiles import Profile, contract_for, labels_for
 from samescore.export.publish import check_target, file_entries, publish, staging_folder
 from samescore.export.recipes import VariantSpec, variant_spec
-from samescore.packaged import PACKAGE, Limit, calibration_set, golden_set
+from samescore.packaged import Limit, calibration_set, golden_set
 from samescore.runtime.canary import CANARY_NAME
+from samescore.runtime.contract import text_of_record
 from samescore.runtime.errors import CheckpointError, GateError, UsageError
 from samescore.runtime.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
-    BaseSource,
     FileEntry,
     Manifest,
     Source,
-    Variant,
 )
 from samescore.runtime.prefill import Ids
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
-from samescore.scored import label_tokens_of, open_classifier, values_of
+from samescore.same_tokens import refuse_difference, tokenization_equality
+from samescore.scored import label_tokens_of, values_of
+from samescore.sources import open_source
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,9 @@ def export_bundle(
     max_tokens: int | None = None,
     golden_limit: Limit = None,
     budget: str | None = None,
+    recipe: str | os.PathLike[str] | None = None,
     allow_drift: bool = False,
+    tokenization_texts: int | None = None,
     progress: bool = False,
 ) -> ExportResult:
     """Turn a checkpoint into a bundle whose every variant passed its gate.
@@ -106,9 +105,12 @@ def export_bundle(
     probabilities as the next token are the score (default: the profile's). golden, calibration: JSONL files of texts;
     golden texts may hold reference logits, otherwise PyTorch computes them. max_tokens: where the bundle cuts longer texts
     (default: the profile's limit). golden_limit: use only that many golden texts, from the first, or `all` (default: all
-    of `golden`; of the texts that ship, the profile's usual number, as large models take long on a CPU). budget: `gate` or
-    `p99=…,mean=…,max=…`: parts of the network stay in float where quantized variants need it to stay inside (found on the
-    calibration texts). allow_drift: write the bundle even if a gate fails; its certificate says so.
+    of `golden`; of the texts that ship, the profile's usual number, as large models take long on a CPU). budget: how
+    much a quantized variant may drift on the calibration texts, `gate` (the default), `p99=…,mean=…,max=…`, or `none`: parts
+    of the network get finer number formats where it needs them to stay inside. recipe: a bundle whose variants' formats to
+    take instead of searching. tokenization_texts: on how many strings token ids are compared with the Hugging Face
+    tokenizer's when PyTorch computes the reference (default: 100000; 0: none). allow_drift: write the bundle even if a gate
+    fails, its certificate says so; the default budget is then `none`.
 
     Raises GateError (nothing is written), CheckpointError, UsageError, InputError or MissingDependencyError.
     """
@@ -120,23 +122,36 @@ def export_bundle(
         source, profile=profile, revision=revision, adapter=adapter, label_tokens=label_tokens, progress=progress
     )
     specs = _specs(checkpoint, variants)
-    budgets = _budgets(specs, budget)
+    if recipe is not None:
+        specs = recipes_of(recipe, specs)
+    budgets = {} if recipe is not None else budgets_of(specs, budget, allow_drift=allow_drift)
     contract = contract_for(checkpoint, facts, max_tokens)
     labels = labels_for(checkpoint, facts)
     tokenizer = compact_json(checkpoint.tokenizer_bytes())
     encoder = TextEncoder(tokenizer, contract)
     texts = _golden_texts(golden, facts, opened, encoder, golden_limit, report)
     needs_statistics = any(spec.recipe.smoothing for spec in specs) and architecture_of(checkpoint)
-    calibration_ids = _calibration_ids(calibration, facts, encoder, texts) if needs_statistics else []
+    calibration_texts = (
+        _calibration_texts(calibration, facts, encoder, texts) if needs_statistics else GoldenSet(None, ())
+    )
     with staging_folder(target) as staging:
+        tokenization: TokenizationEquality | None = None
         if texts.reference is None:
+            sources = [text_of_record(text.record, contract) for text in (*texts.texts, *calibration_texts.texts)]
+            tokenization = tokenization_equality(checkpoint, encoder, sources, tokenization_texts, report)
+            refuse_difference(tokenization, checkpoint)
             texts = add_reference(texts, checkpoint, report, yardstick=True)
-        calibrated = _Calibrated(checkpoint, calibration_ids, contract.max_tokens, encoder.prefix_ids, staging, report)
-        specs = [calibrated.within(spec, budgets[spec.name]) if spec.name in budgets else spec for spec in specs]
+        calibrated = Calibrated(
+            checkpoint, calibration_texts.input_ids(), contract.max_tokens, encoder.prefix_ids, staging, report
+        )
+        found = {spec.name: calibrated.within(spec, budgets[spec.name]) for spec in specs if spec.name in budgets}
+        specs = [found[spec.name][0] if spec.name in found else spec for spec in specs]
         built = calibrated.build(specs)
         certificate, scores = _measure(
             checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report
         )
+        certificate = certificate.searched({name: choice.sensitivity for name, (_, choice) in found.items()})
+        certificate = replace(certificate, tokenization=tokenization)
         _gate(certificate, allow_drift)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -159,144 +174,6 @@ def export_bundle(
     return ExportResult(target, manifest, certificate)
 
 
-def open_source(
-    source: str | os.PathLike[str],
-    *,
-    profile: str | None,
-    revision: str | None,
-    adapter: AdapterOptions | None = None,
-    label_tokens: Sequence[str] = (),
-    progress: bool,
-) -> tuple[Source, Checkpoint, Profile | None]:
-    """Find the checkpoint that `source` means, fetch it if it is on the hub, and the profile whose facts apply.
-
-    adapter: for an adapter, where it lies below the source and on which base. label_tokens: of a language model; the
-    profile's if none are named.
-    """
-    adapter = adapter or AdapterOptions()
-    name = os.fspath(source)
-    facts = profile_named(profile) if profile else None
-    named = find_profile(name)
-    if named is not None:
-        named = profile_named(name)
-        facts = facts or named
-        name = named.source
-        adapter = replace(adapter, subfolder=adapter.subfolder or named.adapter)
-    tokens = tuple(label_tokens) or (facts.label_tokens if facts else ())
-    if named is not None:
-        if named.kind == "embedded":
-            _no_revision(revision, "a model that ships with samescore")
-            checkpoint, _ = open_classifier(PACKAGE / "models" / name, adapter, tokens)
-            return Source("embedded", name, None, checkpoint.sha256(), None, ()), checkpoint, facts
-    elif Path(name).is_dir():
-        _no_revision(revision, "a folder")
-        folder = Path(name) / (adapter.subfolder or "")
-        checkpoint, below = open_classifier(folder, adapter, tokens, progress=progress)
-        return (
-            _source("folder", Path(name).resolve().name, None, adapter.subfolder, checkpoint, below),
-            checkpoint,
-            facts,
-        )
-    if not is_hub_id(name):
-        raise UsageError(
-            f"{name!r} is neither a profile (samescore profiles lists them), nor a folder, nor a hub id (owner/name)"
-        )
-    snapshot = fetch(name, revision, subfolder=adapter.subfolder, progress=progress)
-    checkpoint, below = open_classifier(snapshot.folder, adapter, tokens, progress=progress)
-    return _source("hub", name, snapshot.revision, adapter.subfolder, checkpoint, below), checkpoint, facts
-
-
-def _source(
-    kind: Literal["hub", "folder"],
-    name: str,
-    revision: str | None,
-    subfolder: str | None,
-    checkpoint: Checkpoint,
-    base: BaseSource | None,
-) -> Source:
-    place = "/".join([name, *(subfolder or "").strip("/").split("/")]).rstrip("/")
-    notes = checkpoint.notes if isinstance(checkpoint, AdaptedCheckpoint) else ()
-    return Source(kind, place, revision, checkpoint.sha256(), base, notes)
-
-
-def _budgets(specs: Sequence[VariantSpec], asked: str | None) -> dict[str, Budget]:
-    """The budget of each quantized variant; UsageError when one was asked for and there is none."""
-    if asked is None:
-        return {}
-    found = {
-        spec.name: Budget.parse(asked, TOLERANCES[spec.precision])
-        for spec in specs
-        if spec.precision in ("int8", "int4")
-    }
-    if not found:
-        raise UsageError(
-            f"--budget {asked} chooses what a quantized variant keeps in float, and {', '.join(s.name for s in specs)} "
-            "quantizes nothing: name one as --variant cpu-int8, or leave --budget away"
-        )
-    return found
-
-
-class _Calibrated:
-    """A checkpoint with its calibration texts: activation statistics, the parts to keep exact, and variants."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        input_ids: Sequence[Ids],
-        max_tokens: int,
-        prefix: Ids,
-        staging: Path,
-        report: Reporter,
-    ):
-        self.checkpoint = checkpoint
-        self.input_ids = input_ids
-        self.max_tokens = max_tokens
-        self.prefix = prefix
-        self.staging = staging
-        self.report = report
-        self.run = self._run()
-
-    def _run(self) -> CalibrationRun | None:
-        if not self.input_ids:
-            return None
-        count = len(self.input_ids)
-        steps = count * len(stages_of(self.checkpoint))
-        with self.report(f"activation statistics of {count} calibration texts", steps) as tick:
-            return collect_statistics(self.checkpoint, self.input_ids, workspace=self.staging, progress=tick)
-
-    def within(self, spec: VariantSpec, budget: Budget) -> VariantSpec:
-        """The variant with the formats that the budget needs."""
-        assert self.run is not None  # every quantized recipe is calibrated
-        choice = search(
-            self.checkpoint,
-            spec.recipe,
-            budget,
-            self.input_ids,
-            self.run,
-            max_tokens=self.max_tokens,
-            prefix=self.prefix,
-            workspace=self.staging,
-            report=self.report,
-        )
-        return replace(spec, recipe=spec.recipe.choosing(choice.formats))
-
-    def build(self, specs: Sequence[VariantSpec]) -> list[Variant]:
-        """Every variant into the staging folder."""
-        built = []
-        for spec in specs:
-            with self.report(f"building {spec.name}"):
-                built.append(
-                    build_variant(
-                        self.checkpoint,
-                        spec,
-                        self.staging,
-                        max_tokens=self.max_tokens,
-                        statistics=self.run.statistics if self.run else None,
-                    )
-                )
-        return built
-
-
 def _measure(
     checkpoint: Checkpoint,
     specs: Sequence[VariantSpec],
@@ -313,11 +190,13 @@ def _measure(
     """
     threads = available_threads()
     parity: dict[str, VariantParity] = {}
+    diagnosis = Diagnosis(texts, labels, checkpoint.activation, checkpoint, staging)
     scores: Scores = {} if texts.bfloat16 is None else {BFLOAT16: texts.bfloat16}
     for spec in specs:
         with report(f"measuring {spec.name} on {len(texts.texts)} golden texts", len(texts.texts)) as tick:
-            parity[spec.name], scores[spec.name] = certify(
-                SessionMaker(read_model(staging / spec.name), "cpu"),
+            open_session = SessionMaker(read_model(staging / spec.name), "cpu")
+            certified = certify(
+                open_session,
                 texts,
                 labels=labels,
                 activation=checkpoint.activation,
@@ -326,6 +205,7 @@ def _measure(
                 prefix=prefix,
                 progress=tick,
             )
+        parity[spec.name], scores[spec.name] = diagnosis.told(certified, open_session, spec.precision)
     assert texts.reference is not None
     return Certificate(texts.reference, environment(threads), parity), scores
 
@@ -337,11 +217,6 @@ def compact_json(raw: bytes) -> bytes:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"tokenizer.json is not JSON: {error}") from error
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _no_revision(revision: str | None, what: str) -> None:
-    if revision is not None:
-        raise UsageError(f"--revision {revision} names a hub commit, but the source is {what}")
 
 
 def _specs(checkpoint: Checkpoint, names: Sequence[str]) -> list[VariantSpec]:
@@ -378,10 +253,10 @@ def _golden_texts(
         return encode_golden(golden, encoder)
 
 
-def _calibration_ids(
+def _calibration_texts(
     path: str | os.PathLike[str] | None, facts: Profile | None, encoder: TextEncoder, golden: GoldenSet
-) -> list[npt.NDArray[np.int64]]:
-    """Token ids of the calibration texts, none of them a golden text: UsageError when the user's own file holds one."""
+) -> GoldenSet:
+    """The calibration texts, tokenized, none of them a golden text: UsageError when the user's own file holds one."""
     texts, judging = calibration_set(path, facts), text_digests(golden, encoder.contract)
     shared = text_digests(texts, encoder.contract) & judging
     if shared and path is None:
@@ -391,16 +266,20 @@ def _calibration_ids(
             f"{len(shared)} calibration texts are golden texts too: a recipe must not be fitted on the texts that judge "
             "it. Name other ones with --calibration"
         )
-    return encode_golden(texts, encoder).input_ids()
+    return encode_golden(texts, encoder)
 
 
 def _gate(certificate: Certificate, allow_drift: bool) -> None:
     failed = {name: parity for name, parity in certificate.variants.items() if not parity.verdict.passed}
     if failed and not allow_drift:
-        said = "; ".join(f"{name}: {', '.join(parity.verdict.failures)}" for name, parity in failed.items())
+        said = "; ".join(
+            f"{name}: {', '.join(parity.verdict.failures)} (diagnosis: {parity.diagnosis})"
+            for name, parity in failed.items()
+        )
         raise GateError(
-            f"{said}. Nothing was written. Let parts of it stay in float with --budget gate (quantized variants), export a "
-            "more exact variant (cpu-fp32), or --allow-drift to keep this one with a certificate that says it failed"
+            f"{said}. Nothing was written. Search with a tighter --budget (as in p99=5e-3) or with more --calibration texts like "
+            "the golden ones, export a more exact variant (cpu-fp32), or --allow-drift to keep this one with a certificate that "
+            "says it failed"
         )
 
 

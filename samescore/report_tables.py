@@ -152,14 +152,14 @@ def _allowed(key: str, value: float | None) -> str:
 
 
 def sensitivity(variant: Variant, effects: Mapping[str, float] | None) -> list[dict[str, Any]]:
-    """What quantizing each part alone costs (mean |Δp|), the largest first, and which parts stayed in float."""
+    """What quantizing each part alone costs (mean |Δp|), the largest first, and the parts that have finer formats."""
     if not effects:
         return []
-    exact = {part.strip() for part in variant.recipe.get("exact", "").split(",")}
+    formats = dict(entry.split("=", 1) for entry in variant.recipe.get("parts", "").split())
     largest = max(effects.values()) or 1.0
     ranked = sorted(effects.items(), key=lambda item: -item[1])
     return [
-        {"part": part, "effect": value, "percent": f"{100 * value / largest:.1f}", "exact": part in exact}
+        {"part": part, "effect": value, "percent": f"{100 * value / largest:.1f}", "format": formats.get(part)}
         for part, value in ranked
     ]
 

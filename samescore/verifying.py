@@ -11,18 +11,20 @@ from samescore._progress import silent, step
 from samescore.adapted import AdapterOptions
 from samescore.calibrate.certificate import Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
-from samescore.calibrate.golden import GoldenSet, encode_golden, read_golden, text_digest
+from samescore.calibrate.diagnose import Diagnosis
+from samescore.calibrate.golden import GoldenSet
 from samescore.calibrate.reference import Reporter, add_reference
-from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, read_scores
-from samescore.calibrate.shipped import GOLDEN_NAME, ShippedSet, read_shipped, with_stored
 from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.bundle import Bundle
-from samescore.runtime.errors import BundleError, ProviderError, UsageError
+from samescore.runtime.contract import text_of_record
+from samescore.runtime.errors import ProviderError, UsageError
 from samescore.runtime.manifest import LabelToken, Manifest, Target, Variant
 from samescore.runtime.providers import available_targets, choose
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
+from samescore.same_tokens import VERIFY_TEXTS, tokenization_equality
 from samescore.scored import label_tokens_of, open_classifier
+from samescore.verified_texts import texts_to_verify
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class VerifyResult:
 
     @property
     def passed(self) -> bool:
-        """Whether every checked variant is inside its tolerance."""
-        return all(parity.verdict.passed for parity in self.certificate.variants.values())
+        """Whether every checked variant is inside its tolerance, and token ids are those of the reference's tokenizer."""
+        tokenization = self.certificate.tokenization
+        same_tokens = tokenization is None or tokenization.different == 0
+        return same_tokens and all(parity.verdict.passed for parity in self.certificate.variants.values())
 
 
 def verify(
@@ -66,20 +70,25 @@ def verify(
         with report(f"hashing {len(manifest.files)} files"):
             checked = bundle.verify_files()
         encoder = TextEncoder(bundle.read("tokenizer.json"), manifest.contract)
-        golden, note = _texts(bundle, texts, encoder, has_reference=reference is not None)
+        golden, note = texts_to_verify(bundle, texts, encoder, has_reference=reference is not None)
+        checkpoint, tokenization = None, None
         if reference is not None:
             texts_of_labels = [token.text for token in manifest.label_tokens or ()]
             checkpoint, _ = open_classifier(
                 Path(reference), AdapterOptions(base=base), texts_of_labels, progress=progress
             )
+            sources = [text_of_record(text.record, manifest.contract) for text in golden.texts]
+            tokenization = tokenization_equality(checkpoint, encoder, sources, VERIFY_TEXTS, report)
             golden, other = fresh_reference(golden, checkpoint, manifest, report)
             note = "; ".join(said for said in (other, note) if said) or None
         threads = available_threads()
         parity: dict[str, VariantParity] = {}
+        diagnosis = Diagnosis(golden, manifest.labels, manifest.activation, checkpoint)
         for chosen, target in _runnable(manifest, variant, provider):
+            open_session = SessionMaker(bundle.model(chosen), target)
             with report(f"measuring {chosen.name} on {len(golden.texts)} texts", len(golden.texts)) as tick:
-                parity[chosen.name] = certify(
-                    SessionMaker(bundle.model(chosen), target),
+                certified = certify(
+                    open_session,
                     golden,
                     labels=manifest.labels,
                     activation=manifest.activation,
@@ -88,67 +97,10 @@ def verify(
                     prefix=encoder.prefix_ids,
                     recalibration=chosen.recalibration,
                     progress=tick,
-                ).parity
+                )
+            parity[chosen.name] = diagnosis.told(certified, open_session, chosen.precision).parity
     assert golden.reference is not None
-    return VerifyResult(checked, Certificate(golden.reference, environment(threads), parity), note)
-
-
-def _texts(
-    bundle: Bundle, texts: str | os.PathLike[str] | None, encoder: TextEncoder, *, has_reference: bool
-) -> tuple[GoldenSet, str | None]:
-    """The texts with ids and the reference's logits (if PyTorch will compute these, without), and what to say of them."""
-    shipped = read_shipped(bundle.read(GOLDEN_NAME))
-    if texts is None:
-        golden = shipped.inside()
-        golden = golden.without_reference() if has_reference else _stored(bundle, shipped, golden, encoder)
-        return encode_golden(golden, encoder), shipped.note()
-    if has_reference or read_golden(Path(texts)).reference is not None:
-        return encode_golden(reference_texts(bundle, texts, has_reference=has_reference), encoder), None
-    return _stored(bundle, shipped, encode_golden(read_golden(Path(texts)), encoder), encoder, os.fspath(texts)), None
-
-
-def _stored(
-    bundle: Bundle, shipped: ShippedSet, golden: GoldenSet, encoder: TextEncoder, name: str = GOLDEN_NAME
-) -> GoldenSet:
-    """Golden texts of the bundle with the logits that it stores for their digests; UsageError when it does not know some."""
-    row_of = {digest: row for row, digest in enumerate(shipped.digests(encoder.contract))}
-    found = [row_of.get(text_digest(text, encoder.contract)) for text in golden.texts]
-    rows = [row for row in found if row is not None]
-    if unknown := len(found) - len(rows):
-        raise UsageError(
-            f"{unknown} of {len(found)} texts in {name} are no golden texts of the bundle (first: text {found.index(None)}), "
-            "and it holds no reference logits: name the checkpoint too (--reference CKPT), or take them out"
-        )
-    lengths = shipped.lengths()
-    if other := [
-        n for n, (ids, row) in enumerate(zip(golden.input_ids(), rows, strict=True)) if len(ids) != lengths[row]
-    ]:
-        raise BundleError(
-            f"{len(other)} of {len(rows)} golden texts tokenize to another number of tokens than the stored one "
-            f"(first: text {other[0]}): the tokenizer, the contract or the golden set belongs to something else"
-        )
-    scores = read_scores(bundle.read(SCORES_NAME)) if SCORES_NAME in bundle.manifest.files else {}
-    manifest = bundle.manifest
-    return with_stored(
-        shipped,
-        golden.texts,
-        rows,
-        bfloat16=scores.get(BFLOAT16),
-        labels=manifest.labels,
-        activation=manifest.activation,
-    )
-
-
-def reference_texts(bundle: Bundle, texts: str | os.PathLike[str], *, has_reference: bool) -> GoldenSet:
-    """The texts with the reference's logits that they hold, or bare if PyTorch will compute them."""
-    golden = read_golden(Path(texts))
-    if has_reference:
-        return golden.without_reference()
-    if golden.reference is None:
-        raise UsageError(f"{texts} holds no reference logits: name the checkpoint too (--reference CKPT)")
-    if golden.reference.checkpoint_sha256 != bundle.manifest.source.sha256:
-        raise BundleError("the golden set's reference logits belong to another checkpoint than the bundle")
-    return golden
+    return VerifyResult(checked, Certificate(golden.reference, environment(threads), parity, tokenization), note)
 
 
 def fresh_reference(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ ich kann dabei leider nicht helfen aber hier ist ein Vorschlag für morgen früh
 лучше всего испечь хлеб завтра утром спасибо извините я не могу помочь
 system user assistant numbers 0 1 2 3 4 5 6 7 8 9 < | > . , ! ? ' "
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_tokenization_texts() -> Iterator[None]:
+    """Exports in tests compare token ids on few strings: the full number takes longer than the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("samescore.same_tokens.EXPORT_TEXTS", 500)
+        patch.setattr("samescore.verifying.VERIFY_TEXTS", 500)
+        yield
 
 
 def pytest_report_header() -> list[str]:

@@ -120,12 +120,17 @@ def test_a_variant_that_drifts_fails_and_leaves_nothing(
     bert_checkpoint, bert_bundle, texts_files, tmp_path, monkeypatch
 ):
     """Break the int8 weights on purpose: the gate must see it, say the numbers, and write nothing."""
-    import samescore.export.graphs.linears as linears
+    import samescore.export.graphs.row_linears as linears
 
     original = linears.quantize_columns
     monkeypatch.setattr(linears, "quantize_columns", lambda w: (np.roll(original(w)[0], 1, axis=0), original(w)[1]))
     output = tmp_path / "bundle"
-    settings = {"profile": "refusal", "golden": bert_bundle / "golden.jsonl.gz", "calibration": texts_files[1]}
+    settings = {
+        "profile": "refusal",
+        "golden": bert_bundle / "golden.jsonl.gz",
+        "calibration": texts_files[1],
+        "budget": "none",
+    }
     with pytest.raises(GateError, match=r"cpu-int8: max_abs_dp .* > 5e-02.*Nothing was written"):
         export_bundle(bert_checkpoint, output, **settings)
     assert list(tmp_path.iterdir()) == []
@@ -135,7 +140,7 @@ def test_a_variant_that_drifts_fails_and_leaves_nothing(
     assert not verify(output).passed
 
 
-def test_a_budget_keeps_parts_in_float(bert_checkpoint, bert_bundle, texts_files, tmp_path, capsys):
+def test_a_budget_gives_parts_finer_formats(bert_checkpoint, bert_bundle, texts_files, tmp_path, capsys):
     """Half of what plain int8 drifts on the calibration texts: the manifest and `inspect` name the parts."""
     drift = json.loads((bert_bundle / "parity.json").read_bytes())["variants"]["cpu-int8"]["drift"]
     settings = {"profile": "refusal", "golden": bert_bundle / "golden.jsonl.gz", "calibration": texts_files[1]}
@@ -143,18 +148,29 @@ def test_a_budget_keeps_parts_in_float(bert_checkpoint, bert_bundle, texts_files
         bert_checkpoint, tmp_path / "b", budget=f"mean={drift['mean_abs_dp']:.2e}", allow_drift=True, **settings
     )
     (variant,) = result.manifest.variants
-    parts = variant.recipe["exact"].split()
-    assert 0 < len(parts) < 10 and all(part.startswith("bert.e") for part in parts)
-    assert result.certificate.variants["cpu-int8"].drift.mean_abs_dp < drift["mean_abs_dp"]
+    parts = dict(entry.split("=") for entry in variant.recipe["parts"].split())
+    assert parts and set(parts.values()) <= {"int8-row-a16", "int16-row", "float16"}
+    assert all(part.startswith("bert.e") for part in parts)
+    parity = result.certificate.variants["cpu-int8"]
+    assert parity.drift.mean_abs_dp < drift["mean_abs_dp"] and set(parts) <= set(parity.sensitivity)
     assert main(["inspect", str(tmp_path / "b")]) == 0
-    assert f"in float: {variant.recipe['exact']}" in capsys.readouterr().out
+    assert f"finer: {variant.recipe['parts']}" in capsys.readouterr().out
     assert load(tmp_path / "b")("hello bread").label in result.manifest.labels
+    # Another export with its recipe searches nothing, and makes the same file.
+    again = export_bundle(bert_checkpoint, tmp_path / "c", recipe=tmp_path / "b", allow_drift=True, **settings)
+    assert again.manifest.files["cpu-int8/model.onnx.data"] == result.manifest.files["cpu-int8/model.onnx.data"]
+    assert again.manifest.variants[0].recipe == variant.recipe
+
+
+def test_a_recipe_that_does_not_fit(bert_checkpoint, bert_bundle, tmp_path):
+    with pytest.raises(UsageError, match="no variant 'cpu-int4'; it has: cpu-int8, cpu-fp32"):
+        export_bundle(bert_checkpoint, tmp_path / "b", variants=["cpu-int4"], recipe=bert_bundle)
 
 
 @pytest.mark.parametrize(
     ("variants", "budget", "said"),
     [
-        (["cpu-fp32"], "gate", "--budget gate chooses what a quantized variant keeps in float, and cpu-fp32 quantizes"),
+        (["cpu-fp32"], "gate", "--budget gate chooses number formats of a quantized variant, and cpu-fp32 quantizes"),
         (["cpu-int8"], "p95=1", "'p95' is none of gate, max, p99, mean"),
     ],
 )

@@ -111,7 +111,13 @@ def make_bundle(
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    recipe = {"linear": "int8-row", "embedding": "int8-row", "smoothing": "none", "graph": "plain", "exact": "layer.1"}
+    recipe = {
+        "linear": "int8-row",
+        "embedding": "int8-row",
+        "smoothing": "none",
+        "graph": "plain",
+        "parts": "layer.1=int16-row",
+    }
     known = {"model": "", "data": (), "inputs": ("input_ids",), "opset": 21, "max_tokens": None, "recipe": recipe}
     variants = tuple(
         Variant(
@@ -278,9 +284,9 @@ def test_a_large_set_stays_small(tmp_path):
 def test_sensitivity(tmp_path):
     effects = {"cpu-int8": {"embedding": 1e-4, "layer.0": 4e-3, "layer.1": 2e-3}}
     text = render_report(make_bundle(tmp_path / "bundle", sensitivity=effects))
-    assert re.findall(r"<tr><td><code>([\w.]+)</code>( \(in float\))?</td>", text) == [
+    assert re.findall(r"<tr><td><code>([\w.]+)</code>( \([\w-]+\))?</td>", text) == [
         ("layer.0", ""),
-        ("layer.1", " (in float)"),
+        ("layer.1", " (int16-row)"),
         ("embedding", ""),
     ]
     assert "width:100.0%" in text and "width:50.0%" in text and "width:2.5%" in text

@@ -23,6 +23,7 @@ from samescore.export.checkpoint import Checkpoint
 from samescore.export.graphs.blocks import GraphBuilder, embedding, layer_norm
 from samescore.export.graphs.formats import make_linears
 from samescore.export.graphs.linears import Linears
+from samescore.export.intermediate import hidden_name, mixed_name
 from samescore.export.quantize import ChannelStatistics, Rescaling
 from samescore.export.recipes import Recipe
 from samescore.export.weights import WeightFile
@@ -136,8 +137,10 @@ class _Bert:
         x = self._embeddings() if first else g.op("Reshape", self.source, g.ints(-1, config.hidden))
         if not first and g.recipe.half:
             x = g.cast(x, np.float16)
+        x.name = hidden_name(self.stage.start)
         for index in self.stage:
-            x = self._layer(x, f"bert.encoder.layer.{index}", last=index == config.layers - 1)
+            x = self._layer(x, index, last=index == config.layers - 1)
+            x.name = hidden_name(index + 1)
         if self.stage.stop == config.layers:
             self._head(x)
             return
@@ -158,14 +161,16 @@ class _Bert:
         rows = g.op("Reshape", x, g.ints(-1, self.config.hidden))
         return self._norm(rows, f"{prefix}.LayerNorm", wide=True)
 
-    def _layer(self, x: ir.Value, prefix: str, *, last: bool) -> ir.Value:
+    def _layer(self, x: ir.Value, index: int, *, last: bool) -> ir.Value:
         """One encoder layer on rows [rows, hidden]; in the last one, first-token rows [batch, hidden] come out."""
-        g, attention = self.g, f"{prefix}.attention"
+        g, prefix = self.g, f"bert.encoder.layer.{index}"
+        attention = f"{prefix}.attention"
         out_weight = self._matrix(f"{attention}.output.dense.weight")
         rescaled = self.linears.rescaling(f"{attention}.output.dense", out_weight)
         context, x = self._attention(x, f"{attention}.self", rescaled, last=last)
         y = self._linear(context, f"{attention}.output.dense", out_weight, rescaled=rescaled)
         x = self._norm(g.op("Add", y, x), f"{attention}.output.LayerNorm")
+        x.name = mixed_name(index)
         inner = self._linear(x, f"{prefix}.intermediate.dense")
         inner = self._gelu(inner)
         y = self._linear(inner, f"{prefix}.output.dense", after_gelu=True)

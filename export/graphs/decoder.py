@@ -22,6 +22,7 @@ from samescore.export.checkpoint import Checkpoint, FloatArray
 from samescore.export.graphs.blocks import GraphBuilder, add_rms_norm, embedding, rms_norm
 from samescore.export.graphs.linears import GatedWeights, Linears
 from samescore.export.graphs.rope import inverse_frequencies
+from samescore.export.intermediate import hidden_name, mixed_name
 from samescore.export.quantize import Rescaling
 from samescore.runtime.errors import CheckpointError
 
@@ -175,13 +176,16 @@ class Decoder(ABC, Generic[C]):
         pending: ir.Value | None = None
         for index in self.stage:
             mixed, x = self.mix(x, pending, index)
+            x.name = hidden_name(index)
             pending, x = self._feed_forward(x, mixed, index)
+            x.name = mixed_name(index)
         assert pending is not None
         if self.stage.stop < config.layers:
             hidden = self.rows.unflatten(g.op("Add", x, pending), config.hidden)
             g.output(hidden, "hidden_after", ir.DataType.FLOAT, [*shape, config.hidden])
             return
-        normed, _ = self.norm(x, pending, "model.norm", None)
+        normed, x = self.norm(x, pending, "model.norm", None)
+        x.name = hidden_name(config.layers)
         score = g.weight("score.weight", self.matrix("score.weight"))
         g.output(g.op("MatMul", normed, score), "logits", ir.DataType.FLOAT, ["batch", config.labels])
 

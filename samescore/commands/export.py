@@ -59,11 +59,22 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--budget",
         metavar="B",
-        help="keep parts of the network in float where a quantized variant needs it to stay inside `gate`, or inside numbers "
-        "as in p99=5e-3,mean=1e-3",
+        help="how much a quantized variant may drift on the calibration texts: gate (default), p99=5e-3,mean=1e-3 or none; "
+        "parts of the network get finer number formats where it needs them to stay inside",
     )
     command.add_argument(
-        "--allow-drift", action="store_true", help="write the bundle even if a gate fails, marked as failed"
+        "--recipe", metavar="BUNDLE", help="take the formats of that bundle's variants instead of searching"
+    )
+    command.add_argument(
+        "--allow-drift",
+        action="store_true",
+        help="write the bundle even if a gate fails, marked as failed; the default budget is then none",
+    )
+    command.add_argument(
+        "--tokenization-texts",
+        metavar="N",
+        type=int,
+        help="compare token ids with the Hugging Face tokenizer's on N strings made of the texts (default: 100000; 0: none)",
     )
     command.set_defaults(run=run)
 
@@ -79,7 +90,7 @@ def _limit(text: str) -> int | Literal["all"]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from samescore.calibrate.certificate import parity_table
+    from samescore.calibrate.certificate import parity_table, tokenization_line
     from samescore.exporting import export_bundle
 
     result = export_bundle(
@@ -96,11 +107,15 @@ def run(arguments: argparse.Namespace) -> int:
         max_tokens=arguments.max_tokens,
         golden_limit=arguments.golden_limit,
         budget=arguments.budget,
+        recipe=arguments.recipe,
         allow_drift=arguments.allow_drift,
+        tokenization_texts=arguments.tokenization_texts,
         progress=True,
     )
     size = sum(entry.size for entry in result.manifest.files.values())
     print(parity_table(result.certificate.variants))
+    if said := tokenization_line(result.certificate.tokenization):
+        print(said)
     for variant in result.manifest.variants:
         if "parts" in variant.recipe:
             print(f"{variant.name:<15}finer: {variant.recipe['parts']}")

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from samescore.calibrate.certificate import TABLE_LEGEND, parity_table
+    from samescore.calibrate.certificate import TABLE_LEGEND, parity_table, tokenization_line
     from samescore.verifying import verify
 
     result = verify(
@@ -43,5 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json({"passed": result.passed, "note": result.note, **json.loads(result.certificate.to_json())})
     else:
         print(parity_table(result.certificate.variants))
+        if said := tokenization_line(result.certificate.tokenization):
+            print(said)
         print(TABLE_LEGEND)
     return EXIT_OK if result.passed else EXIT_GATE

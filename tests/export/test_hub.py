@@ -653,14 +653,14 @@ def write_adapter(server: Hub, folder: Path, config: dict[str, Any]) -> None:
 
 @pytest.fixture
 def open_source(fetch: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`samescore.exporting.open_source` on the test's server."""
-    from samescore import adapted, exporting
+    """`samescore.sources.open_source` on the test's server."""
+    from samescore import adapted, sources
 
     def call(source: str = REPO, token: str | bool = False, **options: Any) -> Any:
-        for module in (exporting, adapted):
+        for module in (sources, adapted):
             monkeypatch.setattr(module, "fetch", functools.partial(fetch, token=token))
         adapter = adapted.AdapterOptions(**options)
-        return exporting.open_source(source, profile=None, revision=None, adapter=adapter, progress=False)
+        return sources.open_source(source, profile=None, revision=None, adapter=adapter, progress=False)
 
     return call
 

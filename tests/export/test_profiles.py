@@ -9,10 +9,10 @@ import samescore.exporting as exporting
 from samescore.calibrate.golden import read_golden, text_digests
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.profiles import PROFILES, contract_for, labels_for, profile_named
-from samescore.exporting import open_source
 from samescore.packaged import packaged
 from samescore.runtime.contract import text_of_record
 from samescore.runtime.errors import CheckpointError, UsageError
+from samescore.sources import open_source
 
 
 @pytest.mark.parametrize("profile", [p for p in PROFILES if p.available], ids=lambda p: p.name)
