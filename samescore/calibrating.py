@@ -198,7 +198,9 @@ class _Material:
         """The variant's raw logits beside the reference's and the labels."""
         target = variant.target if variant.target in available_targets() else "cpu"
         sequences = self.texts.input_ids()
-        with report(f"scoring {len(sequences)} texts with {variant.name}", len(sequences)) as tick:
+        with report(
+            f"scoring {len(sequences)} texts with {variant.name}", len(sequences), sum(map(len, sequences))
+        ) as tick:
             reader = Reader(SessionMaker(bundle.model(variant), target)(1), self.encoder.prefix_ids)
             logits = score_all(reader, sequences, workers=available_threads(), progress=tick)
         reference = None if self.texts.reference is None else self.texts.logits().astype(np.float64)

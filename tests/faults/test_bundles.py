@@ -86,9 +86,9 @@ def test_verify_names_the_layer(llama_bundle, llama_checkpoint, tmp_path, capsys
 
 def test_export_names_the_layer(bert_checkpoint, bert_bundle, texts_files, tmp_path, monkeypatch):
     """A bad bit while exporting: the gate's error says where."""
-    from samescore import exporting
+    from samescore import building
 
-    original = exporting.build_variant
+    original = building.build_variant
 
     def with_a_flipped_bit(checkpoint, spec, bundle, **options):
         variant = original(checkpoint, spec, bundle, **options)
@@ -96,7 +96,7 @@ def test_export_names_the_layer(bert_checkpoint, bert_bundle, texts_files, tmp_p
         edit_weight(bundle / spec.name, name, flip_largest_exponent_bit)
         return variant
 
-    monkeypatch.setattr(exporting, "build_variant", with_a_flipped_bit)
+    monkeypatch.setattr(building, "build_variant", with_a_flipped_bit)
     settings = {"profile": "refusal", "golden": bert_bundle / "golden.jsonl.gz", "calibration": texts_files[1]}
     with pytest.raises(
         GateError, match=r"cpu-fp32: .*\(diagnosis: .*the drift enters at layer 1 of 3 .*, its feed-forward"
