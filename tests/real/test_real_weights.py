@@ -57,7 +57,7 @@ def minilm(golden, tmp_path_factory):
 
 def test_the_texts_are_many_and_varied(e5, golden):
     records = [json.loads(line) for line in golden.read_text(encoding="utf-8").split("\n") if line]
-    lengths = [len(ids) for ids in read_golden(e5.path / "golden.jsonl").input_ids()]
+    lengths = [len(ids) for ids in read_golden(e5.path / "golden.jsonl.gz").input_ids()]
     assert len(records) == TEXTS >= 300
     assert len({record["language"] for record in records}) >= 6
     assert min(lengths) <= 4 and max(lengths) == 512
