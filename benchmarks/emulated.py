@@ -75,7 +75,7 @@ def work(bundle: Path, variant: str, texts: int, unguarded: bool) -> dict[str, A
 
 def sample(bundle: Path, texts: int) -> GoldenSet:
     """That many golden texts, evenly spread."""
-    golden = read_golden(bundle / "golden.jsonl")
+    golden = read_golden(bundle / "golden.jsonl.gz")
     chosen = np.unique(np.linspace(0, len(golden.texts) - 1, min(texts, len(golden.texts))).astype(int))
     return GoldenSet(golden.reference, tuple(golden.texts[i] for i in chosen))
 

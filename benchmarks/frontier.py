@@ -27,9 +27,10 @@ from samescore.calibrate.activations import collect_statistics
 from samescore.calibrate.certify import score_all
 from samescore.calibrate.effects import part_effects
 from samescore.calibrate.frontier import Frontier, make_frontier
-from samescore.calibrate.golden import GOLDEN_NAME, GoldenSet, encode_golden, read_golden
+from samescore.calibrate.golden import GoldenSet, encode_golden
 from samescore.calibrate.metrics import Drift, measure
 from samescore.calibrate.search import effect_texts
+from samescore.calibrate.shipped import GOLDEN_NAME, read_shipped
 from samescore.calibrate.stages import exact_recipe, read_model
 from samescore.export.build import build_graph
 from samescore.export.checkpoint import Checkpoint
@@ -185,7 +186,7 @@ def main() -> int:
     facts = profile_named(arguments.profile)
     checkpoint, _ = open_classifier(arguments.checkpoint, label_tokens=facts.label_tokens)
     encoder = TextEncoder(checkpoint.tokenizer_bytes(), contract_for(checkpoint, facts))
-    golden = read_golden((arguments.golden / GOLDEN_NAME).read_bytes(), GOLDEN_NAME).first(arguments.golden_limit)
+    golden = read_shipped((arguments.golden / GOLDEN_NAME).read_bytes()).golden().first(arguments.golden_limit)
     golden = encode_golden(golden, encoder)
     recipe = variant_spec(arguments.variant).recipe
     frontier, statistics = frontier_of(arguments, checkpoint, encoder, recipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,10 @@ from samescore.calibrate.certificate import Invariance, VariantParity
 from samescore.calibrate.gate import TOLERANCES, Tolerance, judge
 from samescore.calibrate.golden import GoldenSet
 from samescore.calibrate.metrics import Drift, measure
+from samescore.calibrate.progress import Tick
 from samescore.calibrate.recalibrate import judged_pair
+from samescore.calibrate.resume import Row, Rows
+from samescore.calibrate.shipped import ShippedSet
 from samescore.runtime.bundle import ModelBytes
 from samescore.runtime.manifest import Activation, Precision, Target
 from samescore.runtime.prefill import Ids, Reader, feeds_for, logits_of, state_after
@@ -54,16 +57,20 @@ def certify(
     threads: int,
     prefix: Ids | None = None,
     recalibration: Recalibration | None = None,
-    progress: Callable[[], None] | None = None,
+    rows: Rows | None = None,
+    progress: Tick | None = None,
 ) -> Certified:
     """Measure one variant against the golden set's reference logits, and judge it.
 
     open_session: makes a session with that many threads per call. threads: CPU threads to use in all. prefix: the ids that
     the bundle's texts begin with (`TextEncoder.prefix_ids`): texts are read exactly as the runtime reads them.
-    recalibration: the variant's; what is judged are the probabilities after it.
+    recalibration: the variant's; what is judged are the probabilities after it. rows: as in `score_all`.
     """
     sequences = golden.input_ids()
-    logits = score_all(Reader(open_session(1), prefix), sequences, workers=threads, progress=progress)
+    rows = Rows() if rows is None else rows
+    if any(rows.get(ids) is None for ids in sequences):
+        score_all(Reader(open_session(1), prefix), sequences, workers=threads, rows=rows, progress=progress)
+    logits = np.stack([row.logits for ids in sequences if (row := rows.get(ids)) is not None])
     invariance = check_invariance(Reader(open_session(threads), prefix), sequences, logits)
     parity = parity_of(
         logits,
@@ -79,7 +86,7 @@ def certify(
 
 def parity_of(
     logits: npt.NDArray[np.float32],
-    golden: GoldenSet,
+    golden: GoldenSet | ShippedSet,
     *,
     labels: Sequence[str],
     activation: Activation,
@@ -109,15 +116,24 @@ def score_all(
     sequences: Sequence[npt.NDArray[np.int64]],
     *,
     workers: int,
-    progress: Callable[[], None] | None = None,
+    rows: Rows | None = None,
+    progress: Tick | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Logits [texts, labels], each text alone."""
+    """Logits [texts, labels], each text alone.
+
+    rows: what is known already and need not be computed; gets what is computed. progress: called with the tokens of each
+    computed text, from worker threads.
+    """
+    known = Rows() if rows is None else rows
 
     def run(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        row = reader.logits(ids)
+        if (row := known.get(ids)) is not None:
+            return row.logits
+        logits = reader.logits(ids)
+        known.keep(ids, Row(logits))
         if progress is not None:
-            progress()
-        return row
+            progress(len(ids))
+        return logits
 
     return np.stack(run_longest_first(sequences, len, run, workers=workers))
 

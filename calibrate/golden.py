@@ -15,10 +15,10 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,13 @@ from samescore.runtime.errors import BundleError, InputError
 from samescore.runtime.manifest import parse_as
 from samescore.runtime.tokenizer import TextEncoder
 
-GOLDEN_NAME = "golden.jsonl"
 FORMAT = 1
 # A compressed file may unfold to no more bytes than this.
 MAX_BYTES = 200_000_000
 GZIP_MAGIC = b"\x1f\x8b"
 TEXT_FIELDS = ("text", "messages", "prompt", "response")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,19 +99,33 @@ class GoldenSet:
         """The first texts (None: all). Fewer do not keep what was measured over all: bfloat16's drift, the label mass."""
         if count is None or count >= len(self.texts):
             return self
-        reference = self.reference and replace(
-            self.reference, bf16_mean_abs_dp=None, bf16_p99_abs_dp=None, label_mass_mean=None, label_mass_min=None
-        )
-        return GoldenSet(reference, self.texts[:count])
+        return GoldenSet(self.reference and over_fewer(self.reference), self.texts[:count])
 
     def without_reference(self) -> GoldenSet:
         """The texts alone: no ids, no logits."""
         return GoldenSet(None, tuple(replace(text, input_ids=None, logits=None) for text in self.texts))
 
 
+def over_fewer(reference: ReferenceInfo) -> ReferenceInfo:
+    """Whose logits they are, without what was measured over all texts."""
+    return replace(reference, bf16_mean_abs_dp=None, bf16_p99_abs_dp=None, label_mass_mean=None, label_mass_min=None)
+
+
 def read_golden(source: Path | bytes, name: str | None = None) -> GoldenSet:
     """Read a golden set or a plain list of texts (JSONL, or JSONL in gzip); InputError names the first bad line."""
     where = name or str(source)
+    reference, texts = read_lines(source, where, parse_text)
+    complete = all(text.logits is not None and text.input_ids is not None for text in texts)
+    if reference is not None and not complete:
+        raise InputError(f"{where} names a reference, but some lines hold no `input_ids` and `logits`")
+    golden = GoldenSet(reference, tuple(texts))
+    return golden if reference else golden.without_reference()
+
+
+def read_lines(
+    source: Path | bytes, where: str, parse: Callable[[Mapping[str, Any]], T]
+) -> tuple[ReferenceInfo | None, list[T]]:
+    """The reference of the first line, if there is one, and each other line as `parse` reads it."""
     try:
         raw = source if isinstance(source, bytes) else source.read_bytes()
         lines = unpacked(raw, where).decode().split("\n")  # not splitlines: a JSON string may hold U+2028
@@ -118,7 +133,8 @@ def read_golden(source: Path | bytes, name: str | None = None) -> GoldenSet:
         raise InputError(f"{where} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8: {error}") from error
-    reference, texts = None, []
+    reference: ReferenceInfo | None = None
+    texts: list[T] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -129,16 +145,12 @@ def read_golden(source: Path | bytes, name: str | None = None) -> GoldenSet:
             if "golden" in document:
                 reference = _reference(document)
             else:
-                texts.append(_text(document))
+                texts.append(parse(document))
         except (json.JSONDecodeError, InputError, BundleError, ValueError) as error:
             raise InputError(f"{where}, line {number}: {error}") from error
     if not texts:
         raise InputError(f'{where} holds no texts; a line is {{"text": "…"}} or {{"messages": […]}}')
-    complete = all(text.logits is not None and text.input_ids is not None for text in texts)
-    if reference is not None and not complete:
-        raise InputError(f"{where} names a reference, but some lines hold no `input_ids` and `logits`")
-    golden = GoldenSet(reference, tuple(texts))
-    return golden if reference else golden.without_reference()
+    return reference, texts
 
 
 def unpacked(raw: bytes, where: str) -> bytes:
@@ -204,12 +216,17 @@ def encode_golden(golden: GoldenSet, encoder: TextEncoder) -> GoldenSet:
 
 def text_digests(golden: GoldenSet, contract: TextContract) -> set[str]:
     """SHA-256 of each text as the contract renders it, to keep calibration and golden texts apart."""
-    return {hashlib.sha256(text_of_record(text.record, contract).encode()).hexdigest() for text in golden.texts}
+    return {text_digest(text, contract) for text in golden.texts}
+
+
+def text_digest(text: GoldenText, contract: TextContract) -> str:
+    """SHA-256 of the text as the contract renders it, in 64 hexadecimal digits."""
+    return hashlib.sha256(text_of_record(text.record, contract).encode()).hexdigest()
 
 
 def without_texts(golden: GoldenSet, digests: set[str], contract: TextContract) -> GoldenSet:
     """The set without the texts of these digests."""
-    kept = (text for text in golden.texts if not text_digests(GoldenSet(None, (text,)), contract) & digests)
+    kept = (text for text in golden.texts if text_digest(text, contract) not in digests)
     return replace(golden, texts=tuple(kept))
 
 
@@ -226,7 +243,18 @@ def _reference(document: Mapping[str, Any]) -> ReferenceInfo | None:
     return None if value is None else parse_as(ReferenceInfo, value, "reference")
 
 
-def _text(document: Mapping[str, Any]) -> GoldenText:
+def is_digest_only(document: Mapping[str, Any]) -> bool:
+    """Whether the line names a text by its digest and does not hold it: see `shipped.py`."""
+    return "digest" in document and not any(field in document for field in TEXT_FIELDS)
+
+
+def parse_text(document: Mapping[str, Any]) -> GoldenText:
+    """One text of a golden set or list of texts."""
+    if is_digest_only(document):
+        raise InputError(
+            "this text is known by its digest only, as a bundle keeps what would make it too large: name the file of texts "
+            "that the bundle was made with"
+        )
     record = {key: document[key] for key in TEXT_FIELDS if document.get(key) is not None}
     if set(record) not in ({"text"}, {"messages"}, {"prompt", "response"}):
         raise InputError(
@@ -238,13 +266,19 @@ def _text(document: Mapping[str, Any]) -> GoldenText:
         record=record,
         label=label if isinstance(label, str) else None,
         input_ids=None if ids is None else _int_array(ids),
-        logits=None if logits is None else np.array([_float(x) for x in logits], dtype=np.float32),
-        slice=_said(document, "slice"),
-        language=_said(document, "language"),
+        logits=None if logits is None else parse_logits(logits),
+        slice=parse_said(document, "slice"),
+        language=parse_said(document, "language"),
     )
 
 
-def _said(document: Mapping[str, Any], field: str) -> str | None:
+def parse_logits(values: Iterable[Any]) -> npt.NDArray[np.float32]:
+    """Logits float32 [labels] from numbers or `float.hex()`."""
+    return np.array([_float(x) for x in values], dtype=np.float32)
+
+
+def parse_said(document: Mapping[str, Any], field: str) -> str | None:
+    """An optional string; InputError when it is something else."""
     value = document.get(field)
     if value is not None and not isinstance(value, str):
         raise InputError(f"`{field}` must be a string, got {json.dumps(value, ensure_ascii=False)[:80]}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +16,15 @@ import numpy.typing as npt
 from samescore.calibrate.golden import GoldenSet, ReferenceInfo, with_logits
 from samescore.calibrate.metrics import measure
 from samescore.calibrate.next_token import label_scores
+from samescore.calibrate.progress import Reporter as Reporter
+from samescore.calibrate.progress import Tick, resumed_step
+from samescore.calibrate.resume import Key, Row, Rows, Store
 from samescore.export.adapter import CONFIG_NAME, AdaptedCheckpoint
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.scorer import TokenScorer
 from samescore.runtime.errors import CheckpointError, MissingDependencyError
 
 DType = Literal["float32", "bfloat16"]
-
-
-class Reporter(Protocol):
-    """Opens a step with a title and, where it is known, the number of things to do; yields a function to count them."""
-
-    def __call__(self, title: str, total: int | None = None) -> AbstractContextManager[Callable[[], None]]: ...  # noqa: D102
 
 
 def import_torch() -> Any:
@@ -77,7 +74,7 @@ def reference_logits(
     input_ids: Sequence[npt.NDArray[np.int64]],
     *,
     dtype: DType = "float32",
-    progress: Callable[[], None] | None = None,
+    progress: Tick | None = None,
 ) -> npt.NDArray[np.float32]:
     """Logits float32 [texts, labels], each text alone and unpadded: see `run_reference`."""
     return run_reference(checkpoint, input_ids, dtype=dtype, progress=progress).logits
@@ -88,30 +85,44 @@ def run_reference(
     input_ids: Sequence[npt.NDArray[np.int64]],
     *,
     dtype: DType = "float32",
-    progress: Callable[[], None] | None = None,
+    rows: Rows | None = None,
+    progress: Tick | None = None,
 ) -> ReferenceRun:
     """A sequence classifier, or a language model at label tokens, over texts' ids int64 [sequence], each alone and unpadded.
 
-    CheckpointError when the checkpoint lacks weights (transformers would invent random ones).
+    rows: what is known already and need not be computed; gets what is computed. progress: called with the tokens of each
+    computed text. CheckpointError when the checkpoint lacks weights (transformers would invent random ones).
     """
+    import_torch()
+    rows = Rows() if rows is None else rows
+    missing = [ids for ids in input_ids if rows.get(ids) is None]
+    if missing:
+        _compute(checkpoint, missing, dtype, rows, progress)
+    found = [row for ids in input_ids if (row := rows.get(ids)) is not None]
+    masses = [row.label_mass for row in found if row.label_mass is not None]
+    return ReferenceRun(np.stack([row.logits for row in found]), np.array(masses) if masses else None)
+
+
+def _compute(
+    checkpoint: Checkpoint, input_ids: Sequence[npt.NDArray[np.int64]], dtype: DType, rows: Rows, progress: Tick | None
+) -> None:
+    """PyTorch's row of each text, kept as soon as it is there."""
     torch = import_torch()
     model = load_reference(checkpoint, dtype=dtype)
     label_ids = checkpoint.label_ids if isinstance(checkpoint, TokenScorer) else None
-    rows, masses = [], []
     # Qwen3.5 logs at its first call that faster kernels exist.
     with torch.inference_mode(), _quiet():
         for ids in input_ids:
             tokens = torch.from_numpy(ids[None, :])
             inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            mass = None
             if label_ids is not None:
                 row, mass = label_scores(model, inputs, label_ids)
-                masses.append(mass)
             else:
                 row = model(**inputs).logits[0].float().numpy()
-            rows.append(row)
+            rows.keep(ids, Row(np.array(row, np.float32), mass))
             if progress is not None:
-                progress()
-    return ReferenceRun(np.stack(rows).astype(np.float32), np.array(masses) if masses else None)
+                progress(len(ids))
 
 
 def load_reference(checkpoint: Checkpoint, *, dtype: DType = "float32") -> Any:
@@ -248,20 +259,34 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReferenceTokenizer:
     )
 
 
-def add_reference(golden: GoldenSet, checkpoint: Checkpoint, report: Reporter, *, yardstick: bool = False) -> GoldenSet:
-    """The encoded golden set with PyTorch's float32 logits; `yardstick` also measures the reference's bfloat16 run."""
+def add_reference(
+    golden: GoldenSet,
+    checkpoint: Checkpoint,
+    report: Reporter,
+    *,
+    yardstick: bool = False,
+    store: Store | None = None,
+) -> GoldenSet:
+    """The encoded golden set with PyTorch's float32 logits; `yardstick` also measures the reference's bfloat16 run.
+
+    store: where logits are kept between runs (default: nowhere).
+    """
     import_torch()
-    ids = golden.input_ids()
-    with report(f"PyTorch float32 reference on {len(ids)} texts", len(ids)) as tick:
-        run = run_reference(checkpoint, ids, progress=tick)
+    ids, digest = golden.input_ids(), checkpoint.sha256()
+
+    def measured(dtype: DType, title: str) -> ReferenceRun:
+        opened = store.rows(_key(checkpoint, digest, dtype)) if store else Rows()
+        with opened as rows, resumed_step(report, title, ids, rows) as tick:
+            return run_reference(checkpoint, ids, dtype=dtype, rows=rows, progress=tick)
+
+    run = measured("float32", f"PyTorch float32 reference on {len(ids)} texts")
     noise = bf16 = None
     if yardstick:
-        with report(f"PyTorch bfloat16 on {len(ids)} texts (the yardstick)", len(ids)) as tick:
-            bf16 = reference_logits(checkpoint, ids, dtype="bfloat16", progress=tick)
+        bf16 = measured("bfloat16", f"PyTorch bfloat16 on {len(ids)} texts (the yardstick)").logits
         noise = measure(run.logits, bf16, checkpoint.labels, checkpoint.activation)
     torch_version, transformers_version = reference_versions()
     info = ReferenceInfo(
-        checkpoint_sha256=checkpoint.sha256(),
+        checkpoint_sha256=digest,
         dtype="float32",
         torch=torch_version,
         transformers=transformers_version,
@@ -271,6 +296,21 @@ def add_reference(golden: GoldenSet, checkpoint: Checkpoint, report: Reporter, *
         label_mass_min=None if run.label_mass is None else float(run.label_mass.min()),
     )
     return replace(with_logits(golden, run.logits, info), bfloat16=bf16)
+
+
+def _key(checkpoint: Checkpoint, digest: str, dtype: DType) -> Key:
+    """Everything that decides the reference's numbers, but for the CPU."""
+    torch, transformers = reference_versions()
+    return {
+        "what": "reference",
+        "checkpoint": digest,
+        "dtype": dtype,
+        "torch": torch,
+        "transformers": transformers,
+        "peft": str(import_peft().__version__) if isinstance(checkpoint, AdaptedCheckpoint) else None,
+        "threads": import_torch().get_num_threads(),
+        "label_ids": [int(i) for i in checkpoint.label_ids] if isinstance(checkpoint, TokenScorer) else None,
+    }
 
 
 @contextmanager

@@ -21,10 +21,11 @@ from samescore._progress import silent, step
 from samescore.adapted import AdapterOptions
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, parse_certificate
 from samescore.calibrate.certify import SessionMaker, parity_of, score_all
-from samescore.calibrate.golden import GoldenSet, encode_golden, read_golden, text_digests
+from samescore.calibrate.golden import GoldenSet, encode_golden, read_golden, text_digest
 from samescore.calibrate.recalibrate import Evidence, Fit, check_method, fit, held_out_rows
 from samescore.calibrate.reference import Reporter
 from samescore.calibrate.scores import SCORES_NAME, read_scores
+from samescore.calibrate.shipped import GOLDEN_NAME, ShippedSet, read_shipped
 from samescore.card import model_card
 from samescore.export.profiles import find_profile
 from samescore.export.publish import file_entries, publish, staging_folder
@@ -37,7 +38,8 @@ from samescore.runtime.recalibration import FittedTo, Method, Recalibration
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
 from samescore.scored import open_classifier
-from samescore.verifying import GOLDEN_NAME, fresh_reference, reference_texts
+from samescore.verified_texts import reference_texts
+from samescore.verifying import fresh_reference
 
 CARD_NAME = "README.md"
 
@@ -134,12 +136,12 @@ class _Golden:
     def __init__(self, bundle: Bundle, certificate: Certificate):
         self.manifest = bundle.manifest
         self.certificate = certificate
-        self.texts = read_golden(bundle.read(GOLDEN_NAME), GOLDEN_NAME)
+        self.texts = read_shipped(bundle.read(GOLDEN_NAME))
         self.scores = read_scores(bundle.read(SCORES_NAME))
-        shape = (len(self.texts.texts), len(self.manifest.labels))
+        shape = (len(self.texts), len(self.manifest.labels))
         for variant in self.manifest.variants:
             found = self.scores[variant.name].shape if variant.name in self.scores else "none"
-            if variant.name not in certificate.variants or found != shape or self.texts.reference is None:
+            if variant.name not in certificate.variants or found != shape:
                 raise BundleError(
                     f"{bundle.path}: {CERTIFICATE_NAME}, {SCORES_NAME} and {GOLDEN_NAME} do not belong together "
                     f"({variant.name} has scores {found}, expected {shape}): export the bundle again"
@@ -167,7 +169,7 @@ class _Material:
     def __init__(
         self,
         bundle: Bundle,
-        golden: GoldenSet,
+        golden: ShippedSet,
         path: str | os.PathLike[str],
         reference: str | os.PathLike[str] | None,
         base: str | os.PathLike[str] | None,
@@ -196,17 +198,19 @@ class _Material:
         """The variant's raw logits beside the reference's and the labels."""
         target = variant.target if variant.target in available_targets() else "cpu"
         sequences = self.texts.input_ids()
-        with report(f"scoring {len(sequences)} texts with {variant.name}", len(sequences)) as tick:
+        with report(
+            f"scoring {len(sequences)} texts with {variant.name}", len(sequences), sum(map(len, sequences))
+        ) as tick:
             reader = Reader(SessionMaker(bundle.model(variant), target)(1), self.encoder.prefix_ids)
             logits = score_all(reader, sequences, workers=available_threads(), progress=tick)
         reference = None if self.texts.reference is None else self.texts.logits().astype(np.float64)
         return Evidence(logits.astype(np.float64), reference, self.classes)
 
 
-def _different(texts: GoldenSet, golden: GoldenSet, encoder: TextEncoder, name: str) -> tuple[GoldenSet, list[str]]:
+def _different(texts: GoldenSet, golden: ShippedSet, encoder: TextEncoder, name: str) -> tuple[GoldenSet, list[str]]:
     """Each text once, with its digest; UsageError when one is a golden text."""
-    by_digest = {text_digests(GoldenSet(None, (text,)), encoder.contract).pop(): text for text in texts.texts}
-    if shared := by_digest.keys() & text_digests(golden, encoder.contract):
+    by_digest = {text_digest(text, encoder.contract): text for text in texts.texts}
+    if shared := by_digest.keys() & set(golden.digests(encoder.contract)):
         raise UsageError(
             f"{len(shared)} of {len(by_digest)} texts in {name} are golden texts of the bundle: a correction must not be "
             "fitted on the texts that judge it. Take them out"

@@ -45,7 +45,8 @@ It reads {reads}; {contract.max_tokens} tokens, {cut}. It says: {", ".join(manif
 ## How exact
 
 Every variant was held against PyTorch {reference.torch} (transformers {reference.transformers}, {reference.dtype}) on the
-same token ids of the {next(iter(certificate.variants.values())).drift.texts} texts in `golden.jsonl`. The gate {verdict}.
+same token ids of the {next(iter(certificate.variants.values())).drift.texts} texts of its golden set (`golden.jsonl.gz`; of a
+large set the first whole, the others by digest). The gate {verdict}.
 
 ```
 {parity_table(certificate.variants)}

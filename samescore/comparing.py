@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from samescore._progress import silent, step
 from samescore.calibrate.gate import TOLERANCES, Tolerance, Verdict, judge
-from samescore.calibrate.golden import GOLDEN_NAME, GoldenSet, read_golden
+from samescore.calibrate.golden import GoldenSet, read_golden
 from samescore.calibrate.metrics import Drift, brier_score, expected_calibration_error, measure
+from samescore.calibrate.shipped import GOLDEN_NAME, read_shipped
 from samescore.runtime.bundle import Bundle
 from samescore.runtime.classifier import Classifier
 from samescore.runtime.contract import text_of_record
@@ -22,6 +23,7 @@ from samescore.runtime.errors import InputError, UsageError, did_you_mean
 from samescore.runtime.manifest import Manifest, Precision
 from samescore.runtime.prediction import probabilities_of
 from samescore.runtime.providers import choose
+from samescore.runtime.recalibration import calibrated
 
 if TYPE_CHECKING:
     from samescore.calibrate.reference import Reporter
@@ -122,7 +124,7 @@ def compare(
     variant_a = choose(baseline, provider=provider, variant=variant_a)[0].name
     if variant_b is None and variant_a in (known.name for known in other.variants):
         variant_b = variant_a
-    golden = _texts(a, texts)
+    golden, said = _texts(a, texts)
     first = _score(a, "A", variant_a, provider, golden, report)
     second = _score(b, "B", variant_b, provider, golden, report)
     labels, activation = baseline.labels, baseline.activation
@@ -143,7 +145,7 @@ def compare(
         flips=_changes(p, q, drift),
         quality_a=_quality(p, labels, golden.labels()),
         quality_b=_quality(q, labels, golden.labels()),
-        notes=notes,
+        notes=(*notes, *said),
     )
 
 
@@ -212,11 +214,14 @@ def _match(a: Manifest, b: Manifest, paths: tuple[str, str]) -> tuple[list[int],
     return order, tuple(notes)
 
 
-def _texts(path: str | os.PathLike[str], texts: str | os.PathLike[str] | None) -> GoldenSet:
+def _texts(path: str | os.PathLike[str], texts: str | os.PathLike[str] | None) -> tuple[GoldenSet, tuple[str, ...]]:
+    """The texts to score, and what is to be said of them."""
     if texts is not None:
-        return read_golden(Path(texts))
+        return read_golden(Path(texts)), ()
     with Bundle(path) as bundle:
-        return read_golden(bundle.read(GOLDEN_NAME), GOLDEN_NAME)
+        shipped = read_shipped(bundle.read(GOLDEN_NAME))
+    note = shipped.note()
+    return shipped.inside(), (f"A's golden set: {note}",) if note else ()
 
 
 def _score(
@@ -227,7 +232,7 @@ def _score(
     golden: GoldenSet,
     report: Reporter,
 ) -> _Scored:
-    """The texts as this bundle reads and scores them."""
+    """The texts as this bundle reads and scores them, with its recalibration."""
     classifier = Classifier(path, provider=provider, variant=variant)
     ids = []
     for number, text in enumerate(golden.texts):
@@ -238,7 +243,7 @@ def _score(
             raise InputError(f"{name} ({os.fspath(path)}) cannot read text {number}: {error}") from error
     chosen = classifier.variant
     with report(f"scoring {len(ids)} texts with {name}, {chosen.name}", len(ids)) as tick:
-        logits = classifier.logits(ids, progress=tick)
+        logits = calibrated(classifier.logits(ids, progress=tick), chosen.recalibration)
     side = Side(os.fspath(path), classifier.digest, chosen.name, chosen.precision, classifier.target)
     return _Scored(side, ids, logits)
 

@@ -29,11 +29,13 @@ from samescore.calibrate.golden import (
     encode_golden,
     text_digests,
     without_texts,
-    write_golden,
 )
 from samescore.calibrate.next_token import mass_warning
-from samescore.calibrate.reference import Reporter, add_reference
+from samescore.calibrate.progress import Reporter, resumed_step
+from samescore.calibrate.reference import add_reference
+from samescore.calibrate.resume import Store
 from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, Scores, write_scores
+from samescore.calibrate.shipped import GOLDEN_NAME, write_shipped
 from samescore.calibrate.stages import read_model
 from samescore.calibrate.token_faults import TokenizationEquality
 from samescore.card import model_card
@@ -59,8 +61,6 @@ from samescore.runtime.tokenizer import TextEncoder
 from samescore.same_tokens import refuse_difference, tokenization_equality
 from samescore.scored import label_tokens_of, values_of
 from samescore.sources import open_source
-
-GOLDEN_NAME = "golden.jsonl"
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def export_bundle(
     recipe: str | os.PathLike[str] | None = None,
     allow_drift: bool = False,
     tokenization_texts: int | None = None,
+    fresh: bool = False,
     progress: bool = False,
 ) -> ExportResult:
     """Turn a checkpoint into a bundle whose every variant passed its gate.
@@ -112,11 +113,12 @@ def export_bundle(
     of the network get finer number formats where it needs them to stay inside. recipe: a bundle whose variants' formats to
     take instead of searching. tokenization_texts: on how many strings token ids are compared with the Hugging Face
     tokenizer's when PyTorch computes the reference (default: 100000; 0: none). allow_drift: write the bundle even if a gate
-    fails, its certificate says so; the default budget is then `none`.
+    fails, its certificate says so; the default budget is then `none`. fresh: do not take up logits that an earlier run
+    with the same checkpoint, texts and versions has kept (see `calibrate/resume.py`).
 
     Raises GateError (nothing is written), CheckpointError, UsageError, InputError or MissingDependencyError.
     """
-    report = step if progress else silent
+    report, store = step if progress else silent, Store(reads=not fresh)
     target = Path(output)
     check_target(target)
     adapter = AdapterOptions(adapter_subfolder, base)
@@ -142,7 +144,7 @@ def export_bundle(
             sources = [text_of_record(text.record, contract) for text in (*texts.texts, *calibration_texts.texts)]
             tokenization = tokenization_equality(checkpoint, encoder, sources, tokenization_texts, report)
             refuse_difference(tokenization, checkpoint)
-            texts = add_reference(texts, checkpoint, report, yardstick=True)
+            texts = add_reference(texts, checkpoint, report, yardstick=True, store=store)
         calibrated = Calibrated(
             checkpoint,
             calibration_texts.input_ids(),
@@ -156,7 +158,7 @@ def export_bundle(
         specs = [found[spec.name][0] if spec.name in found else spec for spec in specs]
         built = calibrated.build(specs)
         certificate, scores = _measure(
-            checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report
+            checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report, store=store
         )
         certificate = certificate.searched({name: choice.sensitivity for name, (_, choice) in found.items()})
         certificate = replace(certificate, tokenization=tokenization)
@@ -191,6 +193,7 @@ def _measure(
     labels: Sequence[str],
     prefix: npt.NDArray[np.int64],
     report: Reporter,
+    store: Store,
 ) -> tuple[Certificate, Scores]:
     """Every built variant against the golden set's reference, and the logits behind the numbers.
 
@@ -201,8 +204,12 @@ def _measure(
     diagnosis = Diagnosis(texts, labels, checkpoint.activation, checkpoint, staging)
     scores: Scores = {} if texts.bfloat16 is None else {BFLOAT16: texts.bfloat16}
     for spec in specs:
-        with report(f"measuring {spec.name} on {len(texts.texts)} golden texts", len(texts.texts)) as tick:
-            open_session = SessionMaker(read_model(staging / spec.name), "cpu")
+        open_session = SessionMaker(read_model(staging / spec.name), "cpu")
+        title = f"measuring {spec.name} on {len(texts.texts)} golden texts"
+        with (
+            store.variant_rows(open_session.model, "cpu", prefix) as rows,
+            resumed_step(report, title, texts.input_ids(), rows) as tick,
+        ):
             certified = certify(
                 open_session,
                 texts,
@@ -211,6 +218,7 @@ def _measure(
                 precision=spec.precision,
                 threads=threads,
                 prefix=prefix,
+                rows=rows,
                 progress=tick,
             )
         parity[spec.name], scores[spec.name] = diagnosis.told(certified, open_session, spec.precision)
@@ -304,7 +312,7 @@ def _write(
 ) -> Manifest:
     """All files but the variants', then the manifest that lists them."""
     (staging / "tokenizer.json").write_bytes(tokenizer)
-    (staging / GOLDEN_NAME).write_bytes(write_golden(texts))
+    (staging / GOLDEN_NAME).write_bytes(write_shipped(texts, manifest.contract))
     (staging / CERTIFICATE_NAME).write_bytes(certificate.to_json())
     canary = canary_json(texts, manifest.variants, scores, activation=manifest.activation, prefix=prefix)
     (staging / CANARY_NAME).write_bytes(canary)

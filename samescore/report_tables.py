@@ -14,6 +14,7 @@ from samescore.calibrate.certificate import CERTIFICATE_NAME
 from samescore.calibrate.gate import Tolerance
 from samescore.calibrate.golden import GoldenText
 from samescore.calibrate.scores import SCORES_NAME
+from samescore.calibrate.shipped import KnownText
 from samescore.runtime.manifest import Manifest, Variant
 from samescore.runtime.prediction import probabilities_of
 
@@ -59,7 +60,7 @@ class Evidence:
     """A bundle's golden texts with the reference's probabilities p float64 [texts, labels], and their lengths in tokens."""
 
     manifest: Manifest
-    texts: Sequence[GoldenText]
+    texts: Sequence[GoldenText | KnownText]
     p: FloatArray
     lengths: npt.NDArray[np.int64]
     truth: npt.NDArray[np.int64]
@@ -196,8 +197,12 @@ def told(number: int, dp: FloatArray, q: FloatArray, evidence: Evidence) -> dict
         "variant_p": float(q[number].max()),
         "variant_margin": float(margins(q[number][None])[0]),
         "label": text.label,
-        "text": shortened(_said(text.record)),
+        "text": _not_inside(text) if isinstance(text, KnownText) else shortened(_said(text.record)),
     }
+
+
+def _not_inside(text: KnownText) -> str:
+    return f"text not inside the bundle (digest {text.digest[:16]}…)"
 
 
 def _said(record: Mapping[str, Any]) -> str:

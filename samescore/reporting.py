@@ -1,7 +1,7 @@
 """`samescore report`: a bundle's evidence as one HTML file, for people who look rather than read. No PyTorch.
 
     bundle.json, parity.json ─┬→ verdicts, tables ─┐
-    golden.jsonl, scores.npz ─┴→ figures, texts ───┴→ report.html.jinja → one file that needs nothing else
+    golden set, scores.npz ───┴→ figures, texts ───┴→ report.html.jinja → one file that needs nothing else
 
 The same bundle gives the same bytes: there is no date, and nothing of the machine that writes the report.
 """
@@ -20,8 +20,8 @@ import numpy.typing as npt
 from samescore.calibrate import plots
 from samescore.calibrate.certificate import CERTIFICATE_NAME
 from samescore.calibrate.gate import Tolerance
-from samescore.calibrate.golden import GOLDEN_NAME, read_golden
 from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, read_scores
+from samescore.calibrate.shipped import GOLDEN_NAME, ShippedSet, read_shipped
 from samescore.report_tables import (
     INVARIANCE,
     Evidence,
@@ -110,7 +110,7 @@ def _import_jinja() -> Any:
 
 def _evidence(manifest: Manifest, raw: bytes, scores: Mapping[str, npt.NDArray[np.float32]]) -> Evidence:
     """What the golden set and the scores say; BundleError where they do not belong together."""
-    golden = read_golden(raw, GOLDEN_NAME)
+    golden = read_shipped(raw)
     logits = golden.logits()
     for name, array in scores.items():
         if array.shape != logits.shape:
@@ -120,22 +120,22 @@ def _evidence(manifest: Manifest, raw: bytes, scores: Mapping[str, npt.NDArray[n
     index = {label: number for number, label in enumerate(manifest.labels)}
     return Evidence(
         manifest=manifest,
-        texts=golden.texts,
+        texts=golden.texts(),
         p=p,
-        lengths=np.array([len(ids) for ids in golden.input_ids()]),
+        lengths=np.array(golden.lengths()),
         truth=np.array([index.get(label or "", -1) for label in golden.labels()]),
-        groups=_groups(raw),
+        groups=_groups(golden),
         bfloat16=None if bfloat16 is None else differences(p, bfloat16, manifest)[0],
     )
 
 
-def _groups(raw: bytes) -> dict[str, dict[str, npt.NDArray[np.int64]]]:
+def _groups(golden: ShippedSet) -> dict[str, dict[str, npt.NDArray[np.int64]]]:
     """The numbers of the texts of each slice and of each language, where the golden set's lines name them."""
-    lines = [json.loads(line) for line in raw.decode().split("\n") if line.strip()]
-    lines = [line for line in lines if "golden" not in line]
+    texts = golden.texts()
     groups: dict[str, dict[str, npt.NDArray[np.int64]]] = {}
-    for key in ("slice", "language"):
-        named = [str(line.get(key) or "not said") for line in lines]
+    said = {"slice": [text.slice for text in texts], "language": [text.language for text in texts]}
+    for key, values in said.items():
+        named = [value or "not said" for value in values]
         if set(named) != {"not said"}:
             groups[key] = {name: np.flatnonzero(np.array(named) == name) for name in sorted(set(named))}
     return groups

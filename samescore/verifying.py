@@ -12,20 +12,21 @@ from samescore.adapted import AdapterOptions
 from samescore.calibrate.certificate import Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
 from samescore.calibrate.diagnose import Diagnosis
-from samescore.calibrate.golden import GoldenSet, encode_golden, read_golden
-from samescore.calibrate.reference import Reporter, add_reference
+from samescore.calibrate.golden import GoldenSet
+from samescore.calibrate.progress import Reporter, resumed_step
+from samescore.calibrate.reference import add_reference
+from samescore.calibrate.resume import Store
 from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.bundle import Bundle
 from samescore.runtime.contract import text_of_record
-from samescore.runtime.errors import BundleError, ProviderError, UsageError
+from samescore.runtime.errors import ProviderError, UsageError
 from samescore.runtime.manifest import LabelToken, Manifest, Target, Variant
 from samescore.runtime.providers import available_targets, choose
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
 from samescore.same_tokens import VERIFY_TEXTS, tokenization_equality
 from samescore.scored import label_tokens_of, open_classifier
-
-GOLDEN_NAME = "golden.jsonl"
+from samescore.verified_texts import texts_to_verify
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,20 @@ def verify(
     texts: str | os.PathLike[str] | None = None,
     variant: str | None = None,
     provider: str = "auto",
+    resume: bool = False,
     progress: bool = False,
 ) -> VerifyResult:
     """Hash every file, tokenize the golden texts again, and hold each variant against the reference logits.
 
     Without `reference` the logits stored in the bundle are used and no PyTorch is needed. reference: the checkpoint
     folder, run through PyTorch again. base: a folder or hub id, what the reference lies on if it is an adapter (default:
-    the one that it names). texts: other texts (JSONL); they need `reference`, or logits of their own. variant: only this
-    one (default: every variant that this box can run). Raises BundleError for a damaged bundle; a variant outside its
-    tolerance is a result, not an error.
+    the one that it names). texts: other texts than those inside the bundle (JSONL): golden texts of the bundle, which it
+    recognizes by digest; others need `reference`, or logits of their own. variant: only this one (default: every variant
+    that this box can run). resume: take logits that an earlier run has kept (see `calibrate/resume.py`) in place of
+    measuring again, for a run that was interrupted. Raises BundleError for a damaged bundle; a variant outside its tolerance
+    is a result, not an error.
     """
-    report = step if progress else silent
+    report, store = step if progress else silent, Store(reads=resume)
     if base is not None and reference is None:
         raise UsageError(f"--base {os.fspath(base)} is what an adapter lies on: name the adapter with --reference")
     with Bundle(path) as bundle:
@@ -70,9 +74,8 @@ def verify(
         with report(f"hashing {len(manifest.files)} files"):
             checked = bundle.verify_files()
         encoder = TextEncoder(bundle.read("tokenizer.json"), manifest.contract)
-        golden = reference_texts(bundle, texts, has_reference=reference is not None)
-        golden = encode_golden(golden, encoder)
-        note, checkpoint, tokenization = None, None, None
+        golden, note = texts_to_verify(bundle, texts, encoder, has_reference=reference is not None)
+        checkpoint, tokenization = None, None
         if reference is not None:
             texts_of_labels = [token.text for token in manifest.label_tokens or ()]
             checkpoint, _ = open_classifier(
@@ -80,13 +83,18 @@ def verify(
             )
             sources = [text_of_record(text.record, manifest.contract) for text in golden.texts]
             tokenization = tokenization_equality(checkpoint, encoder, sources, VERIFY_TEXTS, report)
-            golden, note = fresh_reference(golden, checkpoint, manifest, report)
+            golden, other = fresh_reference(golden, checkpoint, manifest, report, store)
+            note = "; ".join(said for said in (other, note) if said) or None
         threads = available_threads()
         parity: dict[str, VariantParity] = {}
         diagnosis = Diagnosis(golden, manifest.labels, manifest.activation, checkpoint)
         for chosen, target in _runnable(manifest, variant, provider):
             open_session = SessionMaker(bundle.model(chosen), target)
-            with report(f"measuring {chosen.name} on {len(golden.texts)} texts", len(golden.texts)) as tick:
+            title = f"measuring {chosen.name} on {len(golden.texts)} texts"
+            with (
+                store.variant_rows(open_session.model, target, encoder.prefix_ids) as rows,
+                resumed_step(report, title, golden.input_ids(), rows) as tick,
+            ):
                 certified = certify(
                     open_session,
                     golden,
@@ -96,6 +104,7 @@ def verify(
                     threads=threads,
                     prefix=encoder.prefix_ids,
                     recalibration=chosen.recalibration,
+                    rows=rows,
                     progress=tick,
                 )
             parity[chosen.name] = diagnosis.told(certified, open_session, chosen.precision).parity
@@ -103,23 +112,8 @@ def verify(
     return VerifyResult(checked, Certificate(golden.reference, environment(threads), parity, tokenization), note)
 
 
-def reference_texts(bundle: Bundle, texts: str | os.PathLike[str] | None, *, has_reference: bool) -> GoldenSet:
-    """The texts (default: the bundle's golden set) with the reference's logits, or bare if PyTorch will compute them."""
-    if texts is None:
-        golden = read_golden(bundle.read(GOLDEN_NAME), GOLDEN_NAME)
-    else:
-        golden = read_golden(Path(texts))
-    if has_reference:
-        return golden.without_reference()
-    if golden.reference is None:
-        raise UsageError(f"{texts} holds no reference logits: name the checkpoint too (--reference CKPT)")
-    if golden.reference.checkpoint_sha256 != bundle.manifest.source.sha256:
-        raise BundleError("the golden set's reference logits belong to another checkpoint than the bundle")
-    return golden
-
-
 def fresh_reference(
-    golden: GoldenSet, checkpoint: Checkpoint, manifest: Manifest, report: Reporter
+    golden: GoldenSet, checkpoint: Checkpoint, manifest: Manifest, report: Reporter, store: Store | None = None
 ) -> tuple[GoldenSet, str | None]:
     """Fresh PyTorch logits, and a note when the checkpoint is not the one the bundle was made from."""
     folder = checkpoint.folder
@@ -132,7 +126,7 @@ def fresh_reference(
             f"{folder} has another tokenizer than the bundle: its label tokens are {_tokens(label_tokens_of(checkpoint))}, "
             f"the bundle's {_tokens(manifest.label_tokens)}"
         )
-    golden = add_reference(golden, checkpoint, report)
+    golden = add_reference(golden, checkpoint, report, store=store)
     assert golden.reference is not None
     if golden.reference.checkpoint_sha256 == manifest.source.sha256:
         return golden, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# No test reads what another one, or the user, has measured; what session fixtures keep goes here.
+_CACHE = tempfile.TemporaryDirectory(prefix="samescore-cache-")
+os.environ["SAMESCORE_CACHE"] = _CACHE.name
 
 WORDS = """the model refuses to answer because it cannot help with that request and says sorry politely
 here is a clear recipe for bread with flour water salt and yeast mix it well then bake it hot
@@ -30,6 +34,14 @@ def few_tokenization_texts() -> Iterator[None]:
         patch.setattr("samescore.same_tokens.EXPORT_TEXTS", 500)
         patch.setattr("samescore.verifying.VERIFY_TEXTS", 500)
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of kept logits for each test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SAMESCORE_CACHE", str(folder))
+    return folder
 
 
 def pytest_report_header() -> list[str]:

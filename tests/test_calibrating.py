@@ -93,7 +93,7 @@ def test_the_certificate_judges_what_its_user_gets(bundle, tmp_path):
     texts = texts_with_reference(tmp_path / "t.jsonl", bundle, 1.004)
     result = calibrate_bundle(bundle, texts=texts, variants=["cpu-int8"])
     scores = read_scores((bundle / "scores.npz").read_bytes())["cpu-int8"].astype(np.float64)
-    golden = read_golden(bundle / "golden.jsonl").logits()
+    golden = read_golden(bundle / "golden.jsonl.gz").logits()
     scale = result.manifest.variant("cpu-int8").recalibration.scale[0]
     dp = [
         np.abs(probabilities_of(s * scores, "softmax") - probabilities_of(golden, "softmax")).max() for s in (1, scale)
@@ -118,7 +118,7 @@ def test_worse_held_out_texts_leave_the_bundle_alone(bundle, tmp_path, capsys):
     golden = read_golden(texts)
     with Bundle(bundle) as opened:
         contract = opened.manifest.contract
-    digests = [door.text_digests(replace(golden, texts=(text,)), contract).pop() for text in golden.texts]
+    digests = [door.text_digest(text, contract) for text in golden.texts]
     sign = np.where(door.held_out_rows(digests), 1.3, 0.7).astype(np.float32)
     texts.write_bytes(write_golden(with_logits(golden, golden.logits() * sign[:, None], golden.reference)))
     before = contents(bundle)
@@ -180,7 +180,7 @@ def test_a_sigmoid_model_with_three_labels(tmp_path, texts_files):
 
 
 def test_golden_texts_are_refused(bundle, tmp_path):
-    texts = [text.record["text"] for text in read_golden(bundle / "golden.jsonl").texts[:3]]
+    texts = [text.record["text"] for text in read_golden(bundle / "golden.jsonl.gz").texts[:3]]
     path = texts_with_reference(tmp_path / "t.jsonl", bundle, 1.1, texts=[*new_texts(), *texts])
     with pytest.raises(UsageError, match=f"3 of {COUNT + 3} texts in .* are golden texts of the bundle"):
         calibrate_bundle(bundle, texts=path)

@@ -128,18 +128,19 @@ def test_verify(bert_bundle, tmp_path):
 
 def test_verify_fails_when_the_reference_logits_are_others(bert_bundle, tmp_path):
     """A bundle that drifted: exit code 1 and the numbers."""
+    import gzip
     import hashlib
 
     copy = tmp_path / "bundle"
     shutil.copytree(bert_bundle, copy)
-    lines = (copy / "golden.jsonl").read_text().split("\n")
+    lines = gzip.decompress((copy / "golden.jsonl.gz").read_bytes()).decode().split("\n")
     record = json.loads(lines[5])
     record["logits"] = [x.hex() for x in (3.0, -3.0)]
     lines[5] = json.dumps(record)
     raw = "\n".join(lines).encode()
-    (copy / "golden.jsonl").write_bytes(raw)
+    (copy / "golden.jsonl.gz").write_bytes(raw)
     manifest = json.loads((copy / "bundle.json").read_text())
-    manifest["files"]["golden.jsonl"] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    manifest["files"]["golden.jsonl.gz"] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     (copy / "bundle.json").write_text(json.dumps(manifest))
     result = run("verify", copy)
     assert result.returncode == 1

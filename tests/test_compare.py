@@ -139,3 +139,26 @@ def test_the_command(bert_bundle):
     wrong = run(bert_bundle, bert_bundle, "--variant-b", "cpu-int9")
     assert wrong.returncode == 2 and "Did you mean 'cpu-int8'" in wrong.stderr
     assert run(bert_bundle, "nowhere").returncode == 3
+
+
+def test_a_recalibration_is_what_a_user_gets(bert_bundle, tmp_path):
+    numbers = {"kld": 0.0, "mean_abs_dp": 0.0, "p99_abs_dp": 0.0, "ece": None, "brier": None, "nll": None}
+    correction = {
+        "method": "temperature",
+        "fitted_to": "reference",
+        "scale": [0.5, 0.5],
+        "bias": [0.0, 0.0],
+        "curves": [],
+        "texts_fitted": 60,
+        "texts_held_out": 30,
+        "texts_sha256": "0" * 64,
+        "before": numbers,
+        "after": numbers,
+    }
+
+    def halve(document):
+        document["variants"][0]["recalibration"] = correction
+
+    changed = edited(bert_bundle, tmp_path / "b", halve)
+    result = compare(bert_bundle, changed)
+    assert not result.identical and result.drift.max_abs_dlogit > 0.1

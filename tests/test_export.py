@@ -37,7 +37,7 @@ def test_what_a_bundle_holds(bert_bundle):
             "README.md",
             "bundle.json",
             "canary.json",
-            "golden.jsonl",
+            "golden.jsonl.gz",
             "parity.json",
             "scores.npz",
             "tokenizer.json",
@@ -72,7 +72,7 @@ def test_the_certificate_says_what_was_measured(bert_bundle):
 
 def test_the_scores_give_the_certificate_s_numbers_again(bert_bundle):
     scores = read_scores((bert_bundle / "scores.npz").read_bytes())
-    golden = read_golden(bert_bundle / "golden.jsonl")
+    golden = read_golden(bert_bundle / "golden.jsonl.gz")
     manifest = parse_manifest((bert_bundle / "bundle.json").read_bytes())
     parity = json.loads((bert_bundle / "parity.json").read_text())
     assert list(scores) == ["bfloat16", *parity["variants"]]
@@ -88,7 +88,7 @@ def test_the_golden_logits_are_pytorch_s(bert_bundle, bert_checkpoint):
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(bert_checkpoint).eval()
-    golden = read_golden(bert_bundle / "golden.jsonl")
+    golden = read_golden(bert_bundle / "golden.jsonl.gz")
     with torch.inference_mode():
         for text in golden.texts[::7]:
             expected = model(torch.from_numpy(text.input_ids[None])).logits[0].numpy()
@@ -104,16 +104,16 @@ def test_a_golden_set_with_logits_needs_no_pytorch(bert_bundle, bert_checkpoint,
         "assert verify(output).passed\n"
     )
     output = tmp_path / "bundle"
-    arguments = [bert_checkpoint, output, bert_bundle / "golden.jsonl", texts_files[1]]
+    arguments = [bert_checkpoint, output, bert_bundle / "golden.jsonl.gz", texts_files[1]]
     subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True, timeout=120)
-    assert (output / "golden.jsonl").read_bytes() == (bert_bundle / "golden.jsonl").read_bytes()
+    assert (output / "golden.jsonl.gz").read_bytes() == (bert_bundle / "golden.jsonl.gz").read_bytes()
     assert (output / "cpu-int8/model.onnx.data").read_bytes() == (bert_bundle / "cpu-int8/model.onnx.data").read_bytes()
 
 
 def test_logits_of_another_checkpoint_are_refused(bert_bundle, tmp_path, texts_files):
     other = tiny_bert(tmp_path / "other", hidden_size=16)
     with pytest.raises(UsageError, match="made from another checkpoint"):
-        export_bundle(other, tmp_path / "b", golden=bert_bundle / "golden.jsonl", calibration=texts_files[1])
+        export_bundle(other, tmp_path / "b", golden=bert_bundle / "golden.jsonl.gz", calibration=texts_files[1])
 
 
 def test_a_variant_that_drifts_fails_and_leaves_nothing(
@@ -127,7 +127,7 @@ def test_a_variant_that_drifts_fails_and_leaves_nothing(
     output = tmp_path / "bundle"
     settings = {
         "profile": "refusal",
-        "golden": bert_bundle / "golden.jsonl",
+        "golden": bert_bundle / "golden.jsonl.gz",
         "calibration": texts_files[1],
         "budget": "none",
     }
@@ -143,7 +143,7 @@ def test_a_variant_that_drifts_fails_and_leaves_nothing(
 def test_a_budget_gives_parts_finer_formats(bert_checkpoint, bert_bundle, texts_files, tmp_path, capsys):
     """Half of what plain int8 drifts on the calibration texts: the manifest and `inspect` name the parts."""
     drift = json.loads((bert_bundle / "parity.json").read_bytes())["variants"]["cpu-int8"]["drift"]
-    settings = {"profile": "refusal", "golden": bert_bundle / "golden.jsonl", "calibration": texts_files[1]}
+    settings = {"profile": "refusal", "golden": bert_bundle / "golden.jsonl.gz", "calibration": texts_files[1]}
     result = export_bundle(
         bert_checkpoint, tmp_path / "b", budget=f"mean={drift['mean_abs_dp']:.2e}", allow_drift=True, **settings
     )

@@ -102,7 +102,7 @@ def make_bundle(
     if bfloat16:
         scores["bfloat16"] = (reference + 5e-3 * noise["bfloat16"]).astype(np.float32)
     files = {
-        "golden.jsonl": raw,
+        "golden.jsonl.gz": raw,
         "parity.json": json.dumps(certificate).encode(),
         "scores.npz": write_scores(scores),
         **{f"{name}/model.onnx": b"graph" for name in drifts},

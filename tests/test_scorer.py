@@ -61,7 +61,7 @@ def test_scores_are_transformers_own(scorer_bundle, language_model):
 def test_the_certificate_measures_what_the_runtime_does(scorer_bundle):
     """The numbers in parity.json are those of the bundle's own scores, read behind the prompt that is read once."""
     parity = json.loads((scorer_bundle / "parity.json").read_text())
-    golden = read_golden(scorer_bundle / "golden.jsonl")
+    golden = read_golden(scorer_bundle / "golden.jsonl.gz")
     for variant in ("cpu-fp32", "cpu-int8"):
         rows = load(scorer_bundle, variant=variant).score([text.record["text"] for text in golden.texts])
         worst = max(
@@ -74,7 +74,7 @@ def test_the_certificate_measures_what_the_runtime_does(scorer_bundle):
 
 
 def test_the_label_mass_is_kept(scorer_bundle, language_model):
-    golden = read_golden(scorer_bundle / "golden.jsonl")
+    golden = read_golden(scorer_bundle / "golden.jsonl.gz")
     parity = json.loads((scorer_bundle / "parity.json").read_text())
     assert parity["reference"] == dataclasses.asdict(golden.reference)
     mean, least = golden.reference.label_mass_mean, golden.reference.label_mass_min
@@ -89,7 +89,7 @@ def test_verify_against_the_checkpoint(scorer_bundle, language_model, tmp_path):
     result = verify(scorer_bundle, reference=language_model, variant="cpu-fp32")
     assert result.passed and result.note is None
     assert result.certificate.reference.label_mass_mean == pytest.approx(
-        read_golden(scorer_bundle / "golden.jsonl").reference.label_mass_mean, rel=1e-6
+        read_golden(scorer_bundle / "golden.jsonl.gz").reference.label_mass_mean, rel=1e-6
     )
     other = shutil.copytree(language_model, tmp_path / "other")
     document = json.loads((other / "tokenizer.json").read_text())

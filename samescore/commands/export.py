@@ -76,6 +76,11 @@ def add(commands: Any) -> None:
         type=int,
         help="compare token ids with the Hugging Face tokenizer's on N strings made of the texts (default: 100000; 0: none)",
     )
+    command.add_argument(
+        "--fresh",
+        action="store_true",
+        help="measure every text anew, also those that an interrupted or earlier run did",
+    )
     command.set_defaults(run=run)
 
 
@@ -110,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         recipe=arguments.recipe,
         allow_drift=arguments.allow_drift,
         tokenization_texts=arguments.tokenization_texts,
+        fresh=arguments.fresh,
         progress=True,
     )
     size = sum(entry.size for entry in result.manifest.files.values())

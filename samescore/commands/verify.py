@@ -19,6 +19,9 @@ def add(commands: Any) -> None:
     command.add_argument("--texts", metavar="FILE", help="JSONL texts instead of the bundle's golden set")
     command.add_argument("--variant", metavar="V", help="only this variant")
     command.add_argument("--provider", metavar="P", default="auto", help="auto, cpu, cuda, migraphx or rocm")
+    command.add_argument(
+        "--resume", action="store_true", help="go on where a verify or export of the same was interrupted, or was done"
+    )
     command.add_argument("--json", action="store_true", help="every number as JSON on stdout")
     command.set_defaults(run=run)
 
@@ -35,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         texts=arguments.texts,
         variant=arguments.variant,
         provider=arguments.provider,
+        resume=arguments.resume,
         progress=True,
     )
     if result.note:

@@ -16,7 +16,7 @@ from .planting import edit_weight, flip_bit
 pytestmark = pytest.mark.torch
 
 FILES = [
-    "golden.jsonl",
+    "golden.jsonl.gz",
     "parity.json",
     "README.md",
     "tokenizer.json",
@@ -97,7 +97,7 @@ def test_export_names_the_layer(bert_checkpoint, bert_bundle, texts_files, tmp_p
         return variant
 
     monkeypatch.setattr(building, "build_variant", with_a_flipped_bit)
-    settings = {"profile": "refusal", "golden": bert_bundle / "golden.jsonl", "calibration": texts_files[1]}
+    settings = {"profile": "refusal", "golden": bert_bundle / "golden.jsonl.gz", "calibration": texts_files[1]}
     with pytest.raises(
         GateError, match=r"cpu-fp32: .*\(diagnosis: .*the drift enters at layer 1 of 3 .*, its feed-forward"
     ):

@@ -3,6 +3,7 @@
 The models are tiny and trained here (see tests/assets/README.md); prompt, tokenizer and architecture are the published one's.
 """
 
+import gzip
 import json
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_fp32_is_pytorch(exported):
 
 
 def exported_ids(exported):
-    lines = (exported.path / "golden.jsonl").read_text(encoding="utf-8").split("\n")[1:]
+    lines = gzip.decompress((exported.path / "golden.jsonl.gz").read_bytes()).decode().split("\n")[1:]
     return [json.loads(line)["input_ids"] for line in lines if line]
 
 

@@ -57,7 +57,7 @@ def minilm(golden, tmp_path_factory):
 
 def test_the_texts_are_many_and_varied(e5, golden):
     records = [json.loads(line) for line in golden.read_text(encoding="utf-8").split("\n") if line]
-    lengths = [len(ids) for ids in read_golden(e5.path / "golden.jsonl").input_ids()]
+    lengths = [len(ids) for ids in read_golden(e5.path / "golden.jsonl.gz").input_ids()]
     assert len(records) == TEXTS >= 300
     assert len({record["language"] for record in records}) >= 6
     assert min(lengths) <= 4 and max(lengths) == 512
@@ -86,7 +86,7 @@ def test_int8_on_e5_is_as_measured(e5):
     """Not inside the int8 gate: one scale per token costs about four times this model's own bfloat16 noise.
 
     Measured: max 1.6e-1, p99 5.3e-2, mean 3.9e-3, 99.4 % same label, noise ratio 4.0. The bounds are looser and leave
-    max and p99 free, so they catch a broken recipe, not a slightly worse one; docs/parity.md says what was tried.
+    max and p99 free, so they catch a broken recipe, not a slightly worse one; docs/recipes.md says what was tried.
     """
     drift = e5.certificate.variants["cpu-int8"].drift
     assert drift.mean_abs_dp <= 6e-3

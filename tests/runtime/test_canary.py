@@ -67,7 +67,7 @@ def test_a_bundle_passes_where_it_was_made(request, name):
 
 def test_what_it_holds(bert_bundle):
     document = json.loads((bert_bundle / "canary.json").read_text())
-    golden = read_golden(bert_bundle / "golden.jsonl")
+    golden = read_golden(bert_bundle / "golden.jsonl.gz")
     known = {tuple(text.input_ids): [float(x).hex() for x in text.logits] for text in golden.texts}
     assert all(known[tuple(text["input_ids"])] == text["reference"] for text in document["texts"])
     parity = json.loads((bert_bundle / "parity.json").read_text())["environment"]
@@ -81,7 +81,7 @@ def test_what_it_holds(bert_bundle):
 
 def test_its_texts_are_a_sample(bert_bundle):
     """Every label, near and clear decisions, and so do the first few."""
-    golden = read_golden(bert_bundle / "golden.jsonl")
+    golden = read_golden(bert_bundle / "golden.jsonl.gz")
     rng = np.random.default_rng(0)
     logits = np.column_stack([np.linspace(-3, 1, len(golden.texts)), np.zeros(len(golden.texts))]).astype(np.float32)
     rng.shuffle(logits)
@@ -210,7 +210,7 @@ def test_an_unknown_policy_is_named(bert_bundle):
 
 def test_long_texts_are_few(bert_bundle):
     """At most so many tokens in all, and no long text among short ones; but never fewer texts than prove something."""
-    golden = read_golden(bert_bundle / "golden.jsonl")
+    golden = read_golden(bert_bundle / "golden.jsonl.gz")
     for lengths, expected in (([100] * 30, 20), ([2000] + [64] * 40, 32), ([3000] * 8, 4), ([5, 6, 7], 3)):
         texts = tuple(
             replace(text, input_ids=np.ones(length, np.int64))
