@@ -161,7 +161,7 @@ def test_a_layer_uses_the_gram_matrix_of_what_it_multiplies(rescaled, tmp_path):
     random = np.random.default_rng(9)
     x = correlated(random, 600, 96).astype(np.float32)
     weight = random.normal(size=(96, 24)).astype(np.float32)
-    scale = np.exp(random.normal(size=96) / 2).astype(np.float32)
+    scale = np.exp(random.normal(size=96)).astype(np.float32)
     rescaling = Rescaling(np.zeros_like(scale), scale) if rescaled else None
     rows = x / scale if rescaled else x
     gram = x.T @ x / np.float32(len(x))
