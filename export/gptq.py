@@ -12,16 +12,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from samescore.export.quantize import (
-    BLOCK4,
-    STEPS4,
-    Blocks4,
-    FloatArray,
-    Int8Array,
-    fit_blocks4,
-    pack_blocks4,
-    quantize_columns,
-)
+from samescore.export.quantize import BLOCK4, STEPS4, Blocks4, FloatArray, fit_blocks4, pack_blocks4
 
 # Added to the diagonal of H, as a share of its mean (Frantar et al.).
 DAMPING = 0.01
@@ -32,41 +23,26 @@ GROUP = 32
 
 
 def gptq_blocks4(weight: FloatArray, gram: FloatArray) -> Blocks4:
-    """The format of `quantize_blocks4` for a weight float32 [K, N] and inputs with the Gram matrix [K, K], of any scale."""
-    scales, zeros = fit_blocks4(weight)
-    block = np.arange(len(weight)) // BLOCK4
-    steps = round_by(gram, weight, scales[block], zeros[block], (0, STEPS4))
-    return pack_blocks4(steps.astype(np.uint8), scales, zeros)
-
-
-def gptq_columns(weight: FloatArray, gram: FloatArray) -> tuple[Int8Array, FloatArray]:
-    """The format of `quantize_columns` for a weight float32 [K, N] and inputs with the Gram matrix [K, K], of any scale."""
-    _, scale = quantize_columns(weight)
-    scales = np.broadcast_to(scale, weight.shape)
-    steps = round_by(gram, weight, scales, np.zeros_like(scales), (-127, 127))
-    return steps.astype(np.int8), scale
-
-
-def round_by(
-    gram: FloatArray, weight: FloatArray, scales: FloatArray, zeros: FloatArray, limits: tuple[int, int]
-) -> FloatArray:
-    """Steps float32 [K, N], so that `(steps - zeros) * scales` stands for the weight [K, N].
+    """The format of `quantize_blocks4` for a weight float32 [K, N] and inputs with the Gram matrix [K, K], of any scale.
 
     Scales and zero points are those of the nearest rounding, so that the order of the channels is free: those with the most
     power first, while all others can still make up for them (the authors' `act_order`).
     """
+    scales, zeros = fit_blocks4(weight)
     order = np.argsort(-np.diagonal(gram), kind="stable")
     factor = feedback(gram[np.ix_(order, order)])
-    errors, steps = np.zeros_like(weight), np.empty_like(weight)
-    for start in range(0, len(order), GROUP):
+    rows, block = weight[order], order // BLOCK4
+    errors, steps = np.zeros_like(rows), np.empty(weight.shape, np.uint8)
+    for start in range(0, len(rows), GROUP):
         group = slice(start, start + GROUP)
-        wanted = weight[order[group]] + factor[:start, group].T @ errors[:start]
-        for row, target in enumerate(wanted):
-            k = order[start + row]
-            target += factor[start : start + row, start + row] @ errors[start : start + row]
-            steps[k] = np.clip(np.rint(target / scales[k]) + zeros[k], *limits)
-            errors[start + row] = weight[k] - (steps[k] - zeros[k]) * scales[k]
-    return steps
+        wanted = rows[group] + factor[:start, group].T @ errors[:start]
+        for k, target in enumerate(wanted, start):
+            scale, zero = scales[block[k]], zeros[block[k]]
+            target += factor[start:k, k] @ errors[start:k]
+            step = np.clip(np.rint(target / scale) + zero, 0, STEPS4)
+            errors[k] = rows[k] - (step - zero) * scale
+            steps[order[k]] = step
+    return pack_blocks4(steps, scales, zeros)
 
 
 def feedback(gram: FloatArray) -> FloatArray:

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from samescore.export.gptq import gptq_columns
 from samescore.export.graphs.blocks import FloatArray, GraphBuilder
 from samescore.export.graphs.linears import GatedWeights, silu, smoothing
 from samescore.export.quantize import ChannelStatistics, Rescaling, quantize_columns
@@ -86,11 +85,9 @@ class RowInt8Linears:
     ) -> ir.Value:
         """See Linears."""
         g, name = self.g, name or site
-        rescaling = None if after_gelu else rescaled or self.rescaling(site, weight)
-        gram = self._gram(site, rescaling, centred=after_gelu and bias is not None)
         if not after_gelu:
             x, weight, bias = self._rescaled(x, site, weight, bias, rescaled)
-        values, column_scale = _columns(weight, gram)
+        values, column_scale = quantize_columns(weight)
         if after_gelu and bias is not None and self.statistics is not None:
             bias = bias + self.statistics[site].mean @ (weight - values * column_scale)
         rows = self._quantize(x, after_gelu=after_gelu)
@@ -109,20 +106,18 @@ class RowInt8Linears:
             up, down = up / inner.scale, down * inner.scale[:, None]
             spread = self.statistics[f"{prefix}.down_proj"].uncentred().spread / inner.scale
             order = np.argsort(-spread, kind="stable")
-        gram, inner_gram = self._gram(f"{prefix}.gate_up", rescaled), self._gram(f"{prefix}.down_proj", inner)
         rows = self._quantize(x, after_gelu=False)
         total = None
         for number, chosen in enumerate(np.array_split(order, FFN_SLICES)):
             chosen = np.sort(chosen)
             names = [f"{prefix}.{part}.{number}" for part in ("gate_proj", "up_proj", "down_proj")]
             activated = silu(
-                g, g.op("Mul", self._raw(rows, names[0], np.ascontiguousarray(gate[:, chosen]), gram), rows.scale)
+                g, g.op("Mul", self._raw(rows, names[0], np.ascontiguousarray(gate[:, chosen])), rows.scale)
             )
             # The row's scale passes through `up` and the rounding: it is multiplied in once, behind `down`.
-            product = g.op("Mul", activated, self._raw(rows, names[1], np.ascontiguousarray(up[:, chosen]), gram))
+            product = g.op("Mul", activated, self._raw(rows, names[1], np.ascontiguousarray(up[:, chosen])))
             hidden = self._quantize(product, after_gelu=False)
-            here = None if inner_gram is None else inner_gram[np.ix_(chosen, chosen)]
-            y = g.op("Mul", self._raw(hidden, names[2], down[chosen], here), g.op("Mul", hidden.scale, rows.scale))
+            y = g.op("Mul", self._raw(hidden, names[2], down[chosen]), g.op("Mul", hidden.scale, rows.scale))
             total = y if total is None else g.op("Add", total, y)
         assert total is not None
         return total
@@ -142,23 +137,9 @@ class RowInt8Linears:
             bias = rescaling.shift @ weight + (0 if bias is None else bias)
         return x, weight * rescaling.scale[:, None], bias
 
-    def _gram(self, site: str, rescaled: Rescaling | None, *, centred: bool = False) -> FloatArray | None:
-        """The Gram matrix [K, K] of a site's input as it is multiplied; None where weights are rounded to the nearest.
-
-        centred: the bias takes the mean error, so that only what is around the mean counts.
-        """
-        if self.statistics is None or self.g.recipe.rounding == "nearest":
-            return None
-        gram, mean = self.statistics[site].gram, self.statistics[site].mean
-        if gram is None:
-            return None
-        if centred or (rescaled is not None and rescaled.shift.any()):
-            gram = gram - np.outer(mean, mean)
-        return gram if rescaled is None else gram / rescaled.scale[:, None] / rescaled.scale
-
-    def _raw(self, rows: _QuantizedRows, name: str, weight: FloatArray, gram: FloatArray | None) -> ir.Value:
-        """The product without the rows' scales; gram: of the rows."""
-        return self._multiply(rows.values, name, *_columns(weight, gram), SIGNED_ZERO_POINT)
+    def _raw(self, rows: _QuantizedRows, name: str, weight: FloatArray) -> ir.Value:
+        """The product without the rows' scales."""
+        return self._multiply(rows.values, name, *quantize_columns(weight), SIGNED_ZERO_POINT)
 
     def _multiply(
         self,
@@ -201,11 +182,6 @@ class RowInt8Linears:
         bottom = g.op("Neg", g.op("ReduceMin", x, g.ints(1), keepdims=1))
         peak = g.op("Max", top, bottom, g.constant(1e-8, np.float32))
         return g.op("Mul", peak, g.constant(1 / 127, np.float32))
-
-
-def _columns(weight: FloatArray, gram: FloatArray | None) -> tuple[npt.NDArray[np.int8], FloatArray]:
-    """int8 [K, N] and scales [N], rounded by the Gram matrix of the inputs where there is one."""
-    return quantize_columns(weight) if gram is None else gptq_columns(weight, gram)
 
 
 class RowDigitLinears(RowInt8Linears):
