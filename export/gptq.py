@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from samescore.export.quantize import BLOCK4, STEPS4, Blocks4, FloatArray, fit_blocks4, pack_blocks4
+from samescore.runtime.errors import CheckpointError
 
-# Added to the diagonal of H, as a share of its mean (Frantar et al.).
-DAMPING = 0.01
+# Added to the diagonal of H, as a share of its mean (Frantar et al.); more where float32 sums left H too far from definite.
+DAMPING = (0.01, 0.1, 1.0)
 
 
 # Channels that are brought up to date at once.
@@ -51,13 +52,25 @@ def feedback(gram: FloatArray) -> FloatArray:
     A channel that never carried anything has a zero row and column: it is rounded to the nearest, and damping makes any
     Gram matrix regular.
     """
-    damped: npt.NDArray[np.float64] = gram.astype(np.float64)
-    diagonal = np.einsum("ii->i", damped)
-    diagonal += DAMPING * diagonal.mean() or 1.0
-    # Of the matrix read backwards, numpy's lower factor is the upper one.
-    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    del damped
+    upper = _upper_factor(gram)
     result: FloatArray = upper.astype(np.float32)
     result /= np.diagonal(result).copy()
     np.einsum("ii->i", result)[:] = 0
     return result
+
+
+def _upper_factor(gram: FloatArray) -> npt.NDArray[np.float64]:
+    """R of the damped Gram matrix `R R^T`, upper triangular; CheckpointError for one that is none."""
+    share = float(np.diagonal(gram).mean(dtype=np.float64)) or 1.0
+    for damping in DAMPING if np.isfinite(share) else ():
+        damped: npt.NDArray[np.float64] = gram.astype(np.float64)
+        np.einsum("ii->i", damped)[:] += damping * share
+        try:
+            # Of the matrix read backwards, numpy's lower factor is the upper one.
+            lower: npt.NDArray[np.float64] = np.linalg.cholesky(damped[::-1, ::-1])
+        except np.linalg.LinAlgError:
+            continue
+        return lower[::-1, ::-1]
+    raise CheckpointError(
+        "activations on the calibration texts are too large or not finite: weights cannot be rounded by them"
+    )

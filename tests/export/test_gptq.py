@@ -15,6 +15,7 @@ from samescore.export.graphs.formats import make_linears
 from samescore.export.quantize import BLOCK4, Blocks4, ChannelStatistics, Rescaling, quantize_blocks4
 from samescore.export.recipes import variant_spec
 from samescore.export.weights import WeightFile
+from samescore.runtime.errors import CheckpointError
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -64,7 +65,7 @@ def test_the_factor_gives_the_damped_matrix_back():
     x = correlated(random, 200, 40)
     gram = (x.T @ x).astype(np.float32)
     upper = np.eye(40) + feedback(gram)
-    damped = gram + DAMPING * np.diagonal(gram).mean() * np.eye(40)
+    damped = gram + DAMPING[0] * np.diagonal(gram).mean() * np.eye(40)
     middle = np.linalg.inv(upper) @ damped @ np.linalg.inv(upper).T
     assert not np.tril(feedback(gram)).any()
     np.testing.assert_allclose(middle, np.diag(np.diagonal(middle)), atol=1e-4 * np.abs(middle).max())
@@ -78,7 +79,7 @@ def test_it_is_the_paper_with_its_inverse():
     weight = random.normal(size=(32, 9)).astype(np.float32)
     blocks = gptq_blocks4(weight, gram)
     scale, zero = blocks.scales[:, 0].astype(np.float64), (blocks.zeros[:, 0] & 15).astype(np.float64)
-    damped = gram + DAMPING * np.diagonal(gram).mean() * np.eye(32)
+    damped = gram + DAMPING[0] * np.diagonal(gram).mean() * np.eye(32)
     order = np.argsort(-np.diagonal(gram))
     inverse = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T
     left, expected = weight[order].astype(np.float64), np.empty((32, 9))
@@ -180,3 +181,14 @@ def test_a_layer_uses_the_gram_matrix_of_what_it_multiplies(rescaled, tmp_path):
         blocks = Blocks4(*(stored[f"layer.weight{suffix}"] for suffix in ("", ".scale", ".zero")))
         found[rounding] = loss(rows, weight * rescaling.scale[:, None] if rescaled else weight, blocks)
     assert found["gptq"] < 0.5 * found["nearest"]
+
+
+def test_a_matrix_that_rounding_made_indefinite():
+    """Two channels that are the same but for float32 sums; not numbers are refused."""
+    weight = np.random.default_rng(10).normal(size=(2, 5)).astype(np.float32)
+    gram = np.array([[1, 1.02], [1.02, 1]], np.float32)
+    factor = feedback(gram)
+    np.testing.assert_allclose(factor, [[0, 1.02 / 1.1], [0, 0]], rtol=1e-6)
+    assert np.isfinite(restored(gptq_blocks4(weight, gram), 2)).all()
+    with pytest.raises(CheckpointError, match="calibration texts are too large or not finite"):
+        feedback(gram * np.float32(np.inf))
