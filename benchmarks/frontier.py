@@ -186,7 +186,7 @@ def main() -> int:
     facts = profile_named(arguments.profile)
     checkpoint, _ = open_classifier(arguments.checkpoint, label_tokens=facts.label_tokens)
     encoder = TextEncoder(checkpoint.tokenizer_bytes(), contract_for(checkpoint, facts))
-    golden = read_shipped((arguments.golden / GOLDEN_NAME).read_bytes()).golden().first(arguments.golden_limit)
+    golden = read_shipped((arguments.golden / GOLDEN_NAME).read_bytes()).inside().first(arguments.golden_limit)
     golden = encode_golden(golden, encoder)
     recipe = variant_spec(arguments.variant).recipe
     frontier, statistics = frontier_of(arguments, checkpoint, encoder, recipe)

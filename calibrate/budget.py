@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from samescore.calibrate.gate import Tolerance
 from samescore.calibrate.metrics import Drift
 from samescore.runtime.errors import UsageError, did_you_mean
 
-# The calibration texts are few, and others must stay inside too: their p99 was up to twice as large.
-SAFETY = 0.5
+# What of a budget may be used on the calibration texts, because others must stay inside too: of few texts, whose p99 is nearly
+# their largest, half; from MANY on three quarters.
+FEW_SAFETY, MANY_SAFETY, MANY = 0.5, 0.75, 200
 BUDGET_NAMES = {"max": "max_abs_dp", "p99": "p99_abs_dp", "mean": "mean_abs_dp"}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The largest drift that a search may leave, of each number; None where it does not matter."""
+    """The largest drift that a search may leave, of each number; None where it does not matter. safety: the used share."""
 
     max_abs_dp: float | None
     p99_abs_dp: float | None
     mean_abs_dp: float | None
+    safety: float = FEW_SAFETY
 
     @classmethod
     def parse(cls, text: str, tolerance: Tolerance) -> Budget:
@@ -44,7 +46,11 @@ class Budget:
         return cls(**{field: found.get(field) for field in BUDGET_NAMES.values()})
 
     def excess(self, drift: Drift | Mapping[str, float]) -> float:
-        """The largest number over what is left of its limit by SAFETY; at most 1 when all are inside."""
+        """The largest number over the used share of its limit; at most 1 when all are inside."""
         values: Mapping[str, float] = drift if isinstance(drift, Mapping) else vars(drift)
-        limits: dict[str, float] = {name: limit for name, limit in vars(self).items() if limit is not None}
-        return max(values[name] / (SAFETY * limit) for name, limit in limits.items())
+        limits = {name: limit for name in BUDGET_NAMES.values() if (limit := getattr(self, name)) is not None}
+        return max(values[name] / (self.safety * limit) for name, limit in limits.items())
+
+    def over(self, texts: int) -> Budget:
+        """The same for so many calibration texts."""
+        return replace(self, safety=MANY_SAFETY if texts >= MANY else FEW_SAFETY)

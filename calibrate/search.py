@@ -70,7 +70,7 @@ def search(
     (`TextEncoder.prefix_ids`). GateError when even the finest formats are not enough; UsageError for an architecture without
     parts.
     """
-    parts = parts_of(checkpoint)
+    parts, budget = parts_of(checkpoint), budget.over(len(input_ids))
     trials = _Trials(checkpoint, recipe, input_ids, run, max_tokens, prefix, workspace)
     with report(f"the recipe as it is on {len(input_ids)} calibration texts"):
         plain = trials.measure({})

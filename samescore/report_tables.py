@@ -57,10 +57,11 @@ INVARIANCE = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """A bundle's golden texts with the reference's probabilities p float64 [texts, labels], and their lengths in tokens."""
+    """A bundle's golden texts with the reference's logits float32 [texts, labels] and probabilities p float64, and lengths."""
 
     manifest: Manifest
     texts: Sequence[GoldenText | KnownText]
+    logits: npt.NDArray[np.float32]
     p: FloatArray
     lengths: npt.NDArray[np.int64]
     truth: npt.NDArray[np.int64]
@@ -89,7 +90,7 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f} %"
 
 
-def differences(p: FloatArray, logits: npt.NDArray[np.float32], manifest: Manifest) -> tuple[FloatArray, FloatArray]:
+def differences(p: FloatArray, logits: npt.NDArray[Any], manifest: Manifest) -> tuple[FloatArray, FloatArray]:
     """|Δp| of each text as in the certificate (1 where logits are not finite), and the probabilities [texts, labels]."""
     finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
     q = probabilities_of(np.where(finite[:, None], logits, 0), manifest.activation)

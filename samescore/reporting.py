@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from samescore.calibrate import plots
 from samescore.calibrate.certificate import CERTIFICATE_NAME
 from samescore.calibrate.gate import Tolerance
+from samescore.calibrate.recalibrate import judged_pair
 from samescore.calibrate.scores import BFLOAT16, SCORES_NAME, read_scores
 from samescore.calibrate.shipped import GOLDEN_NAME, ShippedSet, read_shipped
 from samescore.report_tables import (
@@ -37,7 +39,6 @@ from samescore.report_tables import (
     small,
     told,
 )
-from samescore.runtime import prediction
 from samescore.runtime.bundle import Bundle
 from samescore.runtime.errors import BundleError, MissingDependencyError
 from samescore.runtime.manifest import Manifest, Variant, parse_as
@@ -121,6 +122,7 @@ def _evidence(manifest: Manifest, raw: bytes, scores: Mapping[str, npt.NDArray[n
     return Evidence(
         manifest=manifest,
         texts=golden.texts(),
+        logits=logits,
         p=p,
         lengths=np.array(golden.lengths()),
         truth=np.array([index.get(label or "", -1) for label in golden.labels()]),
@@ -145,7 +147,10 @@ def _variant(
     number: int, variant: Variant, parity: Mapping[str, Any], logits: npt.NDArray[np.float32], evidence: Evidence
 ) -> dict[str, Any]:
     """Everything that the page says of one variant."""
-    dp, q = differences(evidence.p, logits, evidence.manifest)
+    # What a user gets is judged: a recalibration is applied here, as in the certificate.
+    reference, judged = judged_pair(evidence.logits, logits, variant.recalibration)
+    evidence = replace(evidence, p=probabilities_of(reference, evidence.manifest.activation))
+    dp, q = differences(evidence.p, judged, evidence.manifest)
     drift, tolerance = parity["drift"], parse_as(Tolerance, parity["tolerance"], f"{CERTIFICATE_NAME}: tolerance")
     flipped = np.flatnonzero(evidence.p.argmax(axis=1) != q.argmax(axis=1))
     manifest = evidence.manifest
@@ -263,12 +268,10 @@ def _reliability(
     known: npt.NDArray[np.bool_],
     evidence: Evidence,
 ) -> dict[str, Any]:
-    """Confidence against accuracy on the texts whose label is known: reference, variant, and recalibrated where it is."""
-    sides = {"reference": evidence.p, "variant": q}
-    # Of a variant with a recalibration, `calibrated` gives the logits that it makes of these.
-    calibrated, recalibration = getattr(prediction, "calibrated", None), getattr(variant, "recalibration", None)
-    if calibrated is not None and recalibration is not None:
-        sides["recalibrated"] = probabilities_of(calibrated(logits, recalibration), evidence.manifest.activation)
+    """Confidence against accuracy on the texts whose label is known: reference and variant, before and after a correction."""
+    sides = {"reference": probabilities_of(evidence.logits, evidence.manifest.activation), "variant": q}
+    if variant.recalibration is not None:
+        sides |= {"variant": differences(evidence.p, logits, evidence.manifest)[1], "recalibrated": q}
     truth = evidence.truth[known]
     measured = {name: (x[known].max(axis=1), x[known].argmax(axis=1) == truth) for name, x in sides.items()}
     accuracy = ", ".join(f"{name} {share(float(right.mean()))}" for name, (_, right) in measured.items())

@@ -20,10 +20,11 @@ from samescore.calibrate.metrics import measure
 from samescore.calibrate.scores import write_scores
 from samescore.report_tables import share, shortened, small, visible
 from samescore.reporting import render_report
-from samescore.runtime import prediction
 from samescore.runtime.contract import TextContract
 from samescore.runtime.errors import BundleError
 from samescore.runtime.manifest import FileEntry, Manifest, Source, Variant
+from samescore.runtime.prediction import probabilities_of
+from samescore.runtime.recalibration import FitNumbers, Recalibration
 
 HOSTILE = (
     '"><script>alert(1)</script><img src=x onerror=alert(2)> \u202eevil\u2066 \x00 </td></table> https://example.com/x'
@@ -219,18 +220,20 @@ def test_near_ties_alone_are_ambiguous(tmp_path):
     assert "banner of-AMBIGUOUS" in text and "<li>the others are near ties</li>" in text
 
 
-def test_a_recalibrated_variant_has_its_own_curve(monkeypatch):
+def test_a_recalibrated_variant_has_its_own_curve():
     """With temperature 2 the same labels are right, at less confidence."""
     random = np.random.default_rng(0)
     logits = random.normal(0, 3, (50, 2)).astype(np.float32)
-    p = prediction.probabilities_of(logits, "softmax")
-    monkeypatch.setattr(prediction, "calibrated", lambda x, recalibration: x / recalibration, raising=False)
+    p = probabilities_of(logits, "softmax")
     known = np.ones(50, bool)
     evidence = SimpleNamespace(
-        p=p, truth=random.integers(0, 2, 50), manifest=SimpleNamespace(activation="softmax"), lengths=None
+        logits=logits, p=p, truth=random.integers(0, 2, 50), manifest=SimpleNamespace(activation="softmax")
     )
+    numbers = FitNumbers(None, None, None, None, None, None)
+    halved = Recalibration("temperature", "reference", (0.5, 0.5), (0.0, 0.0), (), 60, 30, "0" * 64, numbers, numbers)
+    q = probabilities_of(logits / 2, "softmax")
     plain = reporting._reliability("v0", SimpleNamespace(recalibration=None), p, logits, known, evidence)
-    both = reporting._reliability("v0", SimpleNamespace(recalibration=2.0), p, logits, known, evidence)
+    both = reporting._reliability("v0", SimpleNamespace(recalibration=halved), q, logits, known, evidence)
     assert "recalibrated" not in plain["svg"] and ">recalibrated</text>" in both["svg"]
     accuracy = re.findall(r"(?:reference|variant|recalibrated) ([\d.]+) %", both["alt"])
     assert len(accuracy) == 3 and len(set(accuracy)) == 1

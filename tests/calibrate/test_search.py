@@ -5,7 +5,7 @@ import pytest
 
 from samescore._progress import silent
 from samescore.calibrate.activations import collect_statistics
-from samescore.calibrate.budget import SAFETY, Budget
+from samescore.calibrate.budget import FEW_SAFETY, MANY, MANY_SAFETY, Budget
 from samescore.calibrate.effects import float_recipe, part_effects, parts_of
 from samescore.calibrate.frontier import weights_of
 from samescore.calibrate.gate import TOLERANCES
@@ -53,8 +53,9 @@ def test_budgets():
     assert Budget.parse("gate", TOLERANCES["int8"]) == Budget(5e-2, 2e-2, 3e-3)
     budget = Budget.parse("p99=5e-3,mean=1e-3", TOLERANCES["int8"])
     assert budget == Budget(None, 5e-3, 1e-3)
-    assert budget.excess({"max_abs_dp": 1.0, "p99_abs_dp": SAFETY * 5e-3, "mean_abs_dp": 0.0}) == pytest.approx(1)
-    assert budget.excess(drift(0.07)) == pytest.approx(0.07 / (SAFETY * 1e-3), rel=1e-4)
+    assert budget.excess({"max_abs_dp": 1.0, "p99_abs_dp": FEW_SAFETY * 5e-3, "mean_abs_dp": 0.0}) == pytest.approx(1)
+    assert (budget.over(MANY - 1).safety, budget.over(MANY).safety) == (FEW_SAFETY, MANY_SAFETY)
+    assert budget.excess(drift(0.07)) == pytest.approx(0.07 / (FEW_SAFETY * 1e-3), rel=1e-4)
 
 
 @pytest.mark.parametrize("needed", [1, 7, 20, 39])
