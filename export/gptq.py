@@ -9,6 +9,8 @@ It lowers `sum of (X W - X W')^2` over the inputs X of calibration texts, of whi
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -59,7 +61,7 @@ def feedback(gram: FloatArray) -> FloatArray:
     return result
 
 
-def _upper_factor(gram: FloatArray) -> npt.NDArray[np.float64]:
+def _upper_factor(gram: FloatArray) -> npt.NDArray[np.floating[Any]]:
     """R of the damped Gram matrix `R R^T`, upper triangular; CheckpointError for one that is none."""
     share = float(np.diagonal(gram).mean(dtype=np.float64)) or 1.0
     for damping in DAMPING if np.isfinite(share) else ():
@@ -67,7 +69,7 @@ def _upper_factor(gram: FloatArray) -> npt.NDArray[np.float64]:
         np.einsum("ii->i", damped)[:] += damping * share
         try:
             # Of the matrix read backwards, numpy's lower factor is the upper one.
-            lower: npt.NDArray[np.float64] = np.linalg.cholesky(damped[::-1, ::-1])
+            lower = np.linalg.cholesky(damped[::-1, ::-1])
         except np.linalg.LinAlgError:
             continue
         return lower[::-1, ::-1]
