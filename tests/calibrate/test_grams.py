@@ -160,7 +160,7 @@ def test_an_export_rounds_by_them(bert_checkpoint, bert_bundle, texts_files, tmp
         tmp_path / "b",
         profile="refusal",
         variants=["cpu-int4", "cpu-int8"],
-        golden=bert_bundle / "golden.jsonl",
+        golden=bert_bundle / "golden.jsonl.gz",
         calibration=texts_files[1],
         budget="none",
         allow_drift=True,
