@@ -43,12 +43,14 @@ class Budget:
                 raise UsageError(f"budget {text!r}: {value!r} is no number") from None
             if not 0 < found[BUDGET_NAMES[name]] <= 1:
                 raise UsageError(f"budget {text!r}: {name} is a difference of probabilities, more than 0 and at most 1")
-        return cls(**{field: found.get(field) for field in BUDGET_NAMES.values()})
+        return cls(found.get("max_abs_dp"), found.get("p99_abs_dp"), found.get("mean_abs_dp"))
 
     def excess(self, drift: Drift | Mapping[str, float]) -> float:
         """The largest number over the used share of its limit; at most 1 when all are inside."""
         values: Mapping[str, float] = drift if isinstance(drift, Mapping) else vars(drift)
-        limits = {name: limit for name in BUDGET_NAMES.values() if (limit := getattr(self, name)) is not None}
+        limits: dict[str, float] = {
+            name: limit for name in BUDGET_NAMES.values() if (limit := getattr(self, name)) is not None
+        }
         return max(values[name] / (self.safety * limit) for name, limit in limits.items())
 
     def over(self, texts: int) -> Budget:
