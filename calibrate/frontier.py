@@ -33,7 +33,7 @@ BYTES: dict[NumberFormat, float] = {
     "int16-row": 2.0,
     "int8-weights": 1.0,
     "int8-blocks": 1.03,
-    "int4-blocks": 0.56,
+    "int4-blocks": 0.64,
     "float16": 2.0,
     "float32": 4.0,
 }
