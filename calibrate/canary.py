@@ -47,6 +47,7 @@ def canary_json(
                 logits=tuple(_hex(logits[variant.name][index]) for index in chosen),
                 allowed_max=TOLERANCES[variant.precision].p99_abs_dp,
                 allowed_mean=max(MEAN_SHARE * TOLERANCES[variant.precision].p99_abs_dp, LEAST_MEAN),
+                gate_max=TOLERANCES[variant.precision].max_abs_dp,
                 environment=here("cpu"),
             )
             for variant in variants

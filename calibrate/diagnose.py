@@ -49,7 +49,11 @@ class Diagnosis:
         """What `certify` has found, with a diagnosis if the variant failed. open_session: what it was found with."""
         if certified.parity.verdict.passed:
             return certified
-        said = self.of(certified.logits, open_session, precision)
+        try:
+            # Faults are the same on every provider, and probing new lengths is cheap on the CPU alone.
+            said = self.of(certified.logits, replace(open_session, target="cpu"), precision)
+        except Exception as error:  # a probe must not hide the numbers that failed
+            said = f"could not be found: {type(error).__name__}: {error}"
         return certified._replace(parity=replace(certified.parity, diagnosis=said))
 
     def of(self, logits: npt.NDArray[np.float32], open_session: SessionMaker, precision: Precision) -> str:

@@ -23,9 +23,9 @@ from samescore.export.recipes import NumberFormat, Recipe
 TIME: dict[NumberFormat, float] = {
     "int8-row": 1.0,
     "int8-row-a16": 1.9,
-    "int16-row": 2.7,
-    "int4-blocks": 2.3,
-    "float32": 2.8,
+    "int16-row": 2.6,
+    "int4-blocks": 2.2,
+    "float32": 2.4,
 }
 BYTES: dict[NumberFormat, float] = {
     "int8-row": 1.0,

@@ -146,7 +146,7 @@ def read_lines(
                 reference = _reference(document)
             else:
                 texts.append(parse(document))
-        except (json.JSONDecodeError, InputError, BundleError, ValueError) as error:
+        except (json.JSONDecodeError, InputError, BundleError, ValueError, TypeError, OverflowError) as error:
             raise InputError(f"{where}, line {number}: {error}") from error
     if not texts:
         raise InputError(f'{where} holds no texts; a line is {{"text": "…"}} or {{"messages": […]}}')
@@ -260,11 +260,10 @@ def parse_text(document: Mapping[str, Any]) -> GoldenText:
         raise InputError(
             f"needs exactly one of `text`, `messages`, or `prompt` and `response`; has: {', '.join(document)}"
         )
-    label = document.get("label")
     ids, logits = document.get("input_ids"), document.get("logits")
     return GoldenText(
         record=record,
-        label=label if isinstance(label, str) else None,
+        label=_label(document.get("label")),
         input_ids=None if ids is None else _int_array(ids),
         logits=None if logits is None else parse_logits(logits),
         slice=parse_said(document, "slice"),
@@ -290,6 +289,15 @@ def _int_array(values: Iterable[Any]) -> npt.NDArray[np.int64]:
     if not ids or not all(type(i) is int for i in ids):
         raise InputError("`input_ids` is not a list of integers")
     return np.array(ids, dtype=np.int64)
+
+
+def _label(value: Any) -> str | None:
+    """A label's name; a digit may be written as a number."""
+    if value is None or isinstance(value, str):
+        return value
+    if type(value) is int:
+        return str(value)
+    raise InputError(f"`label` is {value!r}: neither a text nor a whole number")
 
 
 def _float(value: Any) -> float:

@@ -18,7 +18,11 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Flip:
-    """A text whose most probable label changed. margin: the reference's top probability minus its second."""
+    """A text whose most probable label changed; margin: the reference's top probability minus its second.
+
+    Of labels with sigmoids of their own, a text whose set of labels above one half changed; margin: the largest |2 p - 1|
+    among those that did. The sets are written with `+`.
+    """
 
     text: int
     reference: str
@@ -99,14 +103,15 @@ def measure(
     p, q = probabilities_of(reference, activation), probabilities_of(variant, activation)
     finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(variant).all(axis=1))
     dp = np.where(finite, np.abs(p - q).max(axis=1), 1.0)
-    flips = _flips(p, np.where(finite[:, None], q, 0.0), labels)
+    flips = _flips(p, np.where(finite[:, None], q, 0.0), labels, activation)
     agreement_low, agreement_high = wilson(len(dp) - len(flips), len(dp))
     p99_low, p99_high = quantile_interval(dp, 0.99)
     p999_low, p999_high = quantile_interval(dp, 0.999)
     mean, (mean_low, mean_high) = float(dp.mean()), mean_interval(dp)
     divergence = _kld(p, q, activation)[finite]
     kld_low, kld_high = mean_interval(divergence) if finite.any() else (None, None)
-    rows, classes = _known(labels, truth)
+    # One known label says nothing of labels that do not exclude each other.
+    rows, classes = _known(labels, truth if activation == "softmax" else None)
     return Drift(
         texts=len(dp),
         max_abs_dp=float(dp.max()),
@@ -153,13 +158,25 @@ def expected_calibration_error(probabilities: FloatArray, correct: npt.NDArray[n
     return float(gaps)
 
 
-def _flips(p: FloatArray, q: FloatArray, labels: Sequence[str]) -> list[Flip]:
+def _flips(p: FloatArray, q: FloatArray, labels: Sequence[str], activation: Activation) -> list[Flip]:
+    if activation == "sigmoid":
+        above, still = p > 0.5, q > 0.5
+        changed = above != still
+        found = np.where(changed, np.abs(2 * p - 1), 0.0).max(axis=1)
+        return [
+            Flip(int(i), _decided(above[i], labels), _decided(still[i], labels), float(found[i]))
+            for i in np.flatnonzero(changed.any(axis=1))
+        ]
     ranked = np.sort(p, axis=1)
     margins = ranked[:, -1] - ranked[:, -2] if p.shape[1] > 1 else np.ones(len(p))
     before, after = p.argmax(axis=1), q.argmax(axis=1)
     return [
         Flip(int(i), labels[before[i]], labels[after[i]], float(margins[i])) for i in np.flatnonzero(before != after)
     ]
+
+
+def _decided(above: npt.NDArray[np.bool_], labels: Sequence[str]) -> str:
+    return "+".join(label for label, yes in zip(labels, above, strict=True) if yes) or "none"
 
 
 def _kld(p: FloatArray, q: FloatArray, activation: Activation) -> FloatArray:

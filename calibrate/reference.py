@@ -251,10 +251,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReferenceTokenizer:
             found: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
         return found
 
+    marked = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
     return ReferenceTokenizer(
         encode=encode,
         spell=lambda ids: str(tokenizer.decode(list(ids))),
-        control=frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id},
+        # `all_special_ids` names only those with a role (eos, pad …), not the others that text is read as.
+        control=(frozenset(tokenizer.all_special_ids) | frozenset(marked)) - {tokenizer.unk_token_id},
         added=int(tokenizer.num_special_tokens_to_add()),
     )
 

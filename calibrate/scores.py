@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,6 +18,7 @@ from samescore.runtime.errors import BundleError
 
 SCORES_NAME = "scores.npz"
 BFLOAT16 = "bfloat16"
+SCORES_LIMIT = 200_000_000
 Scores = dict[str, npt.NDArray[np.float32]]
 
 
@@ -30,9 +32,14 @@ def write_scores(scores: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
 def read_scores(raw: bytes) -> Scores:
     """The arrays by name; BundleError for anything but float32 [texts, labels]."""
     try:
-        with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
-            scores = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > SCORES_LIMIT:
+                raise BundleError(f"{SCORES_NAME} unpacks to more than {SCORES_LIMIT} bytes")
+        with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
+            scores = {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, EOFError, KeyError, MemoryError, NotImplementedError) as error:
+        raise BundleError(f"{SCORES_NAME} cannot be read: {error}") from error
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(f"{SCORES_NAME} cannot be read: {error}") from error
     for name, array in scores.items():
         if array.dtype != np.float32 or array.ndim != 2:

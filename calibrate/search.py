@@ -35,7 +35,9 @@ from samescore.runtime.threads import available_threads
 BUILDS = 8
 # Multiplications that measuring the parts' effects may take (some ten minutes on two cores), and how many texts at least and
 # at most.
-EFFECT_WORK, EFFECT_TEXTS = 3e13, (8, 128)
+EFFECT_WORK, EFFECT_TEXTS = 3e13, (4, 128)
+# Every part's changed hidden states of all these texts are in memory at once: long texts are cut, and bytes are counted.
+EFFECT_TOKENS, EFFECT_BYTES = 512, 2e9
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,19 @@ def search(
 
 
 def effect_texts(checkpoint: Checkpoint, recipe: Recipe, input_ids: Sequence[Ids]) -> list[Ids]:
-    """Every so manieth calibration text, as many as EFFECT_WORK allows."""
+    """The beginnings of every so manieth calibration text, as many as EFFECT_WORK and EFFECT_BYTES allow."""
     parts = parts_of(checkpoint)
-    runs = sum(len(recipe.options(part)) - 1 for part in parts) / 2  # a changed text runs through half the stages
+    changes = sum(len(recipe.options(part)) - 1 for part in parts)
     weights = sum(weights_of(checkpoint, part) for part in parts if "embed" not in part)
-    tokens = sum(map(len, input_ids)) / len(input_ids)
+    cut = [ids[:EFFECT_TOKENS] for ids in input_ids]
+    tokens = sum(map(len, cut)) / len(cut)
+    # A changed text runs through half the stages on average; it is there before and after one.
+    work = changes / 2 * weights * tokens
+    size = changes * 2 * tokens * int(checkpoint.config["hidden_size"]) * 4
     least, most = EFFECT_TEXTS
-    count = min(max(int(EFFECT_WORK / (runs * weights * tokens)), least), most)
-    step = max(1, len(input_ids) // count)
-    return list(input_ids[::step][:count])
+    count = min(max(int(min(EFFECT_WORK / work, EFFECT_BYTES / size)), least), most)
+    step = max(1, len(cut) // count)
+    return cut[::step][:count]
 
 
 def fewest(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from samescore.calibrate.activations import CalibrationRun, collect_statistics
 from samescore.calibrate.budget import Budget
+from samescore.calibrate.effects import parts_of
 from samescore.calibrate.gate import TOLERANCES
 from samescore.calibrate.reference import Reporter
 from samescore.calibrate.search import Choice, search
@@ -43,12 +44,21 @@ def budgets_of(specs: Sequence[VariantSpec], asked: str | None, *, allow_drift: 
     return found
 
 
-def recipes_of(path: str | os.PathLike[str], specs: Sequence[VariantSpec]) -> list[VariantSpec]:
-    """The variants with the formats that an earlier bundle's variants of the same names have; UsageError when it lacks one."""
+def recipes_of(path: str | os.PathLike[str], specs: Sequence[VariantSpec], checkpoint: Checkpoint) -> list[VariantSpec]:
+    """The variants with the formats that an earlier bundle's variants of the same names have.
+
+    UsageError when it lacks a variant, or has formats for parts that this checkpoint's network does not have.
+    """
     with Bundle(path) as bundle:
-        return [
+        found = [
             replace(spec, recipe=spec.recipe.with_text(bundle.manifest.variant(spec.name).recipe)) for spec in specs
         ]
+    parts = set(parts_of(checkpoint)) if any(spec.recipe.choices for spec in found) else set()
+    if strange := sorted({part for spec in found for part, _ in spec.recipe.choices} - parts):
+        raise UsageError(
+            f"--recipe {os.fspath(path)} has formats for parts that this network does not have: {', '.join(strange[:3])}"
+        )
+    return found
 
 
 class Calibrated:
@@ -60,7 +70,7 @@ class Calibrated:
         input_ids: Sequence[Ids],
         max_tokens: int,
         prefix: Ids,
-        staging: Path,
+        workspace: Path,
         report: Reporter,
         *,
         grams: bool = False,
@@ -71,7 +81,7 @@ class Calibrated:
         self.input_ids = input_ids
         self.max_tokens = max_tokens
         self.prefix = prefix
-        self.staging = staging
+        self.workspace = workspace
         self.report = report
         self.run = self._run()
 
@@ -82,12 +92,12 @@ class Calibrated:
         steps = count * len(stages_of(self.checkpoint))
         with self.report(f"activation statistics of {count} calibration texts", steps) as tick:
             return collect_statistics(
-                self.checkpoint, self.input_ids, grams=self.grams, workspace=self.staging, progress=tick
+                self.checkpoint, self.input_ids, grams=self.grams, workspace=self.workspace, progress=tick
             )
 
     def within(self, spec: VariantSpec, budget: Budget) -> tuple[VariantSpec, Choice]:
         """The variant with the formats that the budget needs, and what was found on the way."""
-        assert self.run is not None  # every quantized recipe is calibrated
+        assert self.run is not None  # `export_bundle` has seen to it that there are calibration texts
         choice = search(
             self.checkpoint,
             spec.recipe,
@@ -96,13 +106,13 @@ class Calibrated:
             self.run,
             max_tokens=self.max_tokens,
             prefix=self.prefix,
-            workspace=self.staging,
+            workspace=self.workspace,
             report=self.report,
         )
         return replace(spec, recipe=spec.recipe.choosing(choice.formats)), choice
 
-    def build(self, specs: Sequence[VariantSpec]) -> list[Variant]:
-        """Every variant into the staging folder."""
+    def build(self, specs: Sequence[VariantSpec], folder: Path) -> list[Variant]:
+        """Every variant into a bundle's folder."""
         built = []
         for spec in specs:
             with self.report(f"building {spec.name}"):
@@ -110,7 +120,7 @@ class Calibrated:
                     build_variant(
                         self.checkpoint,
                         spec,
-                        self.staging,
+                        folder,
                         max_tokens=self.max_tokens,
                         statistics=self.run.statistics if self.run else None,
                     )

@@ -160,7 +160,8 @@ class _Golden:
             recalibration=recalibration,
         )
         # What was wrong with the graph still is, unless the correction has healed it.
-        return replace(parity, diagnosis=None if parity.verdict.passed else old.diagnosis)
+        diagnosis = None if parity.verdict.passed else old.diagnosis
+        return replace(parity, diagnosis=diagnosis, sensitivity=old.sensitivity)
 
 
 class _Material:

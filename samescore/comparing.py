@@ -143,8 +143,8 @@ def compare(
         identical=np.array_equal(p, q),
         other_ids=sum(not np.array_equal(x, y) for x, y in zip(first.ids, second.ids, strict=True)),
         flips=_changes(p, q, drift),
-        quality_a=_quality(p, labels, golden.labels()),
-        quality_b=_quality(q, labels, golden.labels()),
+        quality_a=_quality(p, labels, golden.labels()) if activation == "softmax" else None,
+        quality_b=_quality(q, labels, golden.labels()) if activation == "softmax" else None,
         notes=(*notes, *said),
     )
 

@@ -126,8 +126,10 @@ def export_bundle(
         source, profile=profile, revision=revision, adapter=adapter, label_tokens=label_tokens, progress=progress
     )
     specs = _specs(checkpoint, variants)
+    if recipe is not None and budget is not None:
+        raise UsageError("--recipe takes formats over, --budget searches for them: name one of the two")
     if recipe is not None:
-        specs = recipes_of(recipe, specs)
+        specs = recipes_of(recipe, specs, checkpoint)
     budgets = {} if recipe is not None else budgets_of(specs, budget, allow_drift=allow_drift)
     contract = contract_for(checkpoint, facts, max_tokens)
     labels = labels_for(checkpoint, facts)
@@ -138,7 +140,12 @@ def export_bundle(
     calibration_texts = (
         _calibration_texts(calibration, facts, encoder, texts) if needs_statistics else GoldenSet(None, ())
     )
-    with staging_folder(target) as staging:
+    if needs_statistics and not calibration_texts.texts:
+        raise UsageError(
+            "every calibration text is a golden text too, and none is left to find a recipe on: name others with --calibration"
+        )
+    # What is only needed while building lies beside the bundle, never in it.
+    with staging_folder(target) as staging, staging_folder(target) as workspace:
         tokenization: TokenizationEquality | None = None
         if texts.reference is None:
             sources = [text_of_record(text.record, contract) for text in (*texts.texts, *calibration_texts.texts)]
@@ -150,15 +157,23 @@ def export_bundle(
             calibration_texts.input_ids(),
             contract.max_tokens,
             encoder.prefix_ids,
-            staging,
+            workspace,
             report,
             grams=any(spec.recipe.rounding == "gptq" for spec in specs),
         )
         found = {spec.name: calibrated.within(spec, budgets[spec.name]) for spec in specs if spec.name in budgets}
         specs = [found[spec.name][0] if spec.name in found else spec for spec in specs]
-        built = calibrated.build(specs)
+        built = calibrated.build(specs, staging)
         certificate, scores = _measure(
-            checkpoint, specs, staging, texts, labels=labels, prefix=encoder.prefix_ids, report=report, store=store
+            checkpoint,
+            specs,
+            staging,
+            workspace,
+            texts,
+            labels=labels,
+            prefix=encoder.prefix_ids,
+            report=report,
+            store=store,
         )
         certificate = certificate.searched({name: choice.sensitivity for name, (_, choice) in found.items()})
         certificate = replace(certificate, tokenization=tokenization)
@@ -188,6 +203,7 @@ def _measure(
     checkpoint: Checkpoint,
     specs: Sequence[VariantSpec],
     staging: Path,
+    workspace: Path,
     texts: GoldenSet,
     *,
     labels: Sequence[str],
@@ -201,7 +217,7 @@ def _measure(
     """
     threads = available_threads()
     parity: dict[str, VariantParity] = {}
-    diagnosis = Diagnosis(texts, labels, checkpoint.activation, checkpoint, staging)
+    diagnosis = Diagnosis(texts, labels, checkpoint.activation, checkpoint, workspace)
     scores: Scores = {} if texts.bfloat16 is None else {BFLOAT16: texts.bfloat16}
     for spec in specs:
         open_session = SessionMaker(read_model(staging / spec.name), "cpu")

@@ -17,6 +17,7 @@ from samescore.calibrate.metrics import measure
 from samescore.calibrate.scores import read_scores
 from samescore.cli import main
 from samescore.exporting import compact_json
+from samescore.packaged import packaged
 from samescore.runtime import Bundle, BundleError, CheckpointError, GateError, InputError, ProviderError, UsageError
 from samescore.runtime.manifest import parse_manifest
 
@@ -160,6 +161,16 @@ def test_a_budget_gives_parts_finer_formats(bert_checkpoint, bert_bundle, texts_
     again = export_bundle(bert_checkpoint, tmp_path / "c", recipe=tmp_path / "b", allow_drift=True, **settings)
     assert again.manifest.files["cpu-int8/model.onnx.data"] == result.manifest.files["cpu-int8/model.onnx.data"]
     assert again.manifest.variants[0].recipe == variant.recipe
+
+
+def test_a_recipe_or_a_budget(bert_checkpoint, bert_bundle, tmp_path):
+    with pytest.raises(UsageError, match="name one of the two"):
+        export_bundle(bert_checkpoint, tmp_path / "b", budget="gate", recipe=bert_bundle)
+
+
+def test_calibration_texts_that_are_all_golden(bert_checkpoint, tmp_path):
+    with pytest.raises(UsageError, match="none is left to find a recipe on: name others with --calibration"):
+        export_bundle(bert_checkpoint, tmp_path / "b", profile="refusal", golden=packaged(None, "calibration"))
 
 
 def test_a_recipe_that_does_not_fit(bert_checkpoint, bert_bundle, tmp_path):

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from samescore.calibrate.gate import TOLERANCES, judge
+from samescore.calibrate.gate import TOLERANCES, Tolerance, judge
 from samescore.calibrate.metrics import expected_calibration_error, measure
 
 LABELS = ("no", "yes")
@@ -55,6 +55,19 @@ def test_sigmoid_labels_are_independent():
     assert drift.kld == pytest.approx(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)))
 
 
+def test_a_sigmoid_s_label_changes_at_one_half():
+    """One label alone, and sets of labels: argmax would see neither."""
+    one = measure(np.array([[0.1], [2.0]], np.float32), np.array([[-0.1], [2.0]], np.float32), ("spam",), "sigmoid")
+    (flip,) = one.flips
+    assert (flip.text, flip.reference, flip.variant) == (0, "spam", "none") and one.agreement == 0.5
+    assert flip.margin == pytest.approx(2 / (1 + math.exp(-0.1)) - 1)
+    reference, variant = np.array([[3.0, 0.2, -0.4]], np.float32), np.array([[3.0, -0.2, 0.4]], np.float32)
+    (flip,) = measure(reference, variant, ("a", "b", "c"), "sigmoid", truth=["a"]).flips
+    assert (flip.reference, flip.variant) == ("a+b", "a+c")
+    assert flip.margin == pytest.approx(1 - 2 / (1 + math.exp(0.4)))
+    assert measure(reference, variant, ("a", "b", "c"), "sigmoid", truth=["a"]).labels is None
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_counted_and_fails(bad):
     reference, variant = logits_of([0.5] * 100), logits_of([0.5] * 100)
@@ -103,11 +116,22 @@ class TestGate:
 
     def test_one_far_flip_fails_whatever_else_is_a_tie(self):
         tie = 1e-6
-        reference, variant = [0.9] * 50 + [0.5 + tie, 0.52], [0.9] * 50 + [0.5 - tie, 0.48]
+        reference, variant = [0.9] * 300 + [0.5 + tie, 0.52], [0.9] * 300 + [0.5 - tie, 0.48]
         verdict = judge(measure(logits_of(reference), logits_of(variant), LABELS, "softmax"), TOLERANCES["int8"])
         assert verdict.outcome == "AMBIGUOUS"  # int8 may move either by 0.02: both are ties
         verdict = judge(measure(logits_of(reference), logits_of(variant), LABELS, "softmax"), TOLERANCES["fp16"])
-        assert verdict.outcome == "FAIL" and "2 of 52 flipped, 1 of them near ties" in "; ".join(verdict.failures)
+        assert verdict.outcome == "FAIL" and "2 of 302 flipped, 1 of them near ties" in "; ".join(verdict.failures)
+
+    def test_many_near_ties_are_a_fault(self):
+        """Every text undecided, and every label another one: that is no noise."""
+        tie = 1e-6
+        drift = measure(logits_of([0.5 + tie] * 100), logits_of([0.5 - tie] * 100), LABELS, "softmax")
+        assert judge(drift, TOLERANCES["int8"]).outcome == "FAIL"
+
+    def test_a_free_p99_knows_no_near_ties(self):
+        tolerance = Tolerance(1.0, 1.0, None, agreement=0.999, flip_margin=None)
+        drift = measure(logits_of([0.5001] * 100), logits_of([0.5001] * 99 + [0.4999]), LABELS, "softmax")
+        assert tolerance.near_tie == 0 and judge(drift, tolerance).outcome == "FAIL"
 
     def test_few_texts_are_said_to_be_few(self):
         same = logits_of([0.3] * 100)

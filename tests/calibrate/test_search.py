@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import samescore.calibrate.search as search_module
 from samescore._progress import silent
 from samescore.calibrate.activations import collect_statistics
 from samescore.calibrate.budget import FEW_SAFETY, MANY, MANY_SAFETY, Budget
@@ -149,8 +150,13 @@ def search_for(recipe, budget, checkpoint, ids, run, folder):
     return search(checkpoint, recipe, budget, ids, run, max_tokens=64, prefix=None, workspace=folder, report=silent)
 
 
-def test_few_texts_measure_the_effects_of_a_large_model(subject):
+def test_few_texts_measure_the_effects_of_a_large_model(subject, monkeypatch):
     checkpoint, ids, _ = subject
-    assert effect_texts(checkpoint, RECIPE, ids * 100) == (ids * 100)[::3][:128]
-    endless = [np.broadcast_to(np.int64(1), 10**9)] * 100
-    assert len(effect_texts(checkpoint, RECIPE, endless)) == 8
+    chosen = effect_texts(checkpoint, RECIPE, ids * 100)
+    assert len(chosen) == 128 and all(
+        a is b or np.array_equal(a, b) for a, b in zip(chosen, (ids * 100)[::3], strict=False)
+    )
+    long = [np.broadcast_to(np.int64(1), 10**9)] * 100
+    assert {len(text) for text in effect_texts(checkpoint, RECIPE, long)} == {search_module.EFFECT_TOKENS}
+    monkeypatch.setattr(search_module, "EFFECT_BYTES", 1.0)
+    assert len(effect_texts(checkpoint, RECIPE, long)) == search_module.EFFECT_TEXTS[0]

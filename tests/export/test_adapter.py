@@ -461,7 +461,7 @@ def samescore(*arguments):
 def test_an_adapter_from_end_to_end(bert_checkpoint, bert_adapter, texts_files, tmp_path):
     bundle = tmp_path / "bundle"
     options = ["--adapter-subfolder", "checkpoint-9", "--base", bert_checkpoint, "--golden", texts_files[0]]
-    options += ["--calibration", texts_files[1], "--variant", "cpu-fp32"]
+    options += ["--calibration", texts_files[1], "--variant", "cpu-fp32", "--tokenization-texts", "500"]
     done = samescore("export", bert_adapter.parent, "-o", bundle, *options)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((bundle / "bundle.json").read_text())

@@ -617,6 +617,7 @@ def test_samescore_export_from_the_hub(
         golden, calibration = texts_files
         command = [sys.executable, "-m", "samescore", "export", repo, "-o", str(tmp_path / "bundle")]
         options = ["--profile", "refusal", "--golden", str(golden), "--calibration", str(calibration)]
+        options += ["--tokenization-texts", "500"]
         return subprocess.run(
             [*command, *options], env=environment, capture_output=True, text=True, timeout=120, check=False
         )

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-import samescore.exporting as exporting
+import samescore.sources as sources
 from samescore.calibrate.golden import read_golden, text_digests
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.profiles import PROFILES, contract_for, labels_for, profile_named
@@ -87,7 +87,7 @@ def test_news_bias_is_an_adapter_in_a_subfolder(monkeypatch):
         asked.update(name=name, **options)
         raise CheckpointError("no network")
 
-    monkeypatch.setattr(exporting, "fetch", fetch)
+    monkeypatch.setattr(sources, "fetch", fetch)
     with pytest.raises(CheckpointError, match="no network"):
         open_source("news-bias", profile=None, revision=None, progress=False)
     assert asked["name"] == "tzoulio/news-bias-finder-llama-3.2-1B" and asked["subfolder"] == "checkpoint-4506"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -191,3 +192,18 @@ def test_export_and_verify_refuse_other_ids(bert_checkpoint, texts_files, tmp_pa
     seen = verify(tmp_path / "b", reference=bert_checkpoint)
     assert not seen.passed and all(parity.verdict.passed for parity in seen.certificate.variants.values())
     assert "no BOS" in seen.certificate.tokenization.first_difference
+
+
+@pytest.mark.torch
+def test_control_tokens_without_a_role_are_left_out(bert_checkpoint, tmp_path):
+    """As Qwen's <|image_pad|>: special, but neither eos nor pad nor anything that `all_special_ids` names."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(bert_checkpoint, folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    token = {**document["added_tokens"][0], "id": max(t["id"] for t in document["added_tokens"]) + 500}
+    document["added_tokens"].append({**token, "content": "<|image_pad|>", "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    checkpoint = Checkpoint(folder)
+    texts = [*TEXTS, *(f"{text} <|image_pad|> {text}" for text in TEXTS)]
+    found = check_tokenization(checkpoint, encoder(document), texts, 300)
+    assert found.different == 0 and found.texts >= len(TEXTS)
