@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ASSETS / "e5-refusal")
     parser.add_argument("--bundle", type=Path, help="reuse a bundle that holds cpu-fp32 and cpu-int8")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--budget", default="none", help="as of `samescore export`; default: the recipe as it is")
     parser.add_argument("--process", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.process:
@@ -196,7 +197,15 @@ def main() -> None:
             from samescore import export_bundle
 
             variants = ["cpu-int8", "cpu-fp32"]
-            export_bundle(arguments.checkpoint, bundle, profile="refusal", variants=variants, allow_drift=True)
+            export_bundle(
+                arguments.checkpoint,
+                bundle,
+                profile="refusal",
+                variants=variants,
+                golden_limit=40,
+                budget=arguments.budget,
+                allow_drift=True,
+            )
         document = {
             "benchmark": "classifier",
             "checkpoint": arguments.checkpoint.name,
