@@ -81,9 +81,10 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 
 KILLED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from samescore.export.publish import staging_folder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background may ignore it
 with staging_folder(Path(sys.argv[1])) as staging:
     (staging / "half.txt").write_text("half")
     print("staged", flush=True)
