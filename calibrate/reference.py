@@ -222,12 +222,13 @@ class ReferenceTokenizer:
     """The tokenizer that transformers loads from a checkpoint.
 
     encode: token ids of each text, special tokens included. control: ids that text must not become, how many of which
-    (`added`) it puts around each text. spell: the text of ids.
+    (`added`) it puts around each text. spelled: all special tokens as they are written. spell: the text of ids.
     """
 
     encode: Callable[[Sequence[str]], list[list[int]]]
     spell: Callable[[Sequence[int]], str]
     control: frozenset[int]
+    spelled: frozenset[str]
     added: int
 
 
@@ -251,12 +252,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReferenceTokenizer:
             found: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
         return found
 
-    marked = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    # `all_special_ids` names only those with a role (eos, pad …), not the others that text is read as.
+    special = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ReferenceTokenizer(
         encode=encode,
         spell=lambda ids: str(tokenizer.decode(list(ids))),
-        # `all_special_ids` names only those with a role (eos, pad …), not the others that text is read as.
-        control=(frozenset(tokenizer.all_special_ids) | frozenset(marked)) - {tokenizer.unk_token_id},
+        control=(frozenset(tokenizer.all_special_ids) | frozenset(special)) - {tokenizer.unk_token_id},
+        spelled=frozenset(special.values()),
         added=int(tokenizer.num_special_tokens_to_add()),
     )
 
