@@ -73,8 +73,17 @@ class ExportResult:
 
     @property
     def warning(self) -> str | None:
-        """What is strange about the source though its variants match it: label tokens that it does not answer with."""
-        return mass_warning(self.certificate.reference.label_mass_mean, self.manifest.labels)
+        """What is strange though the variants match the reference: token ids that transformers would not make, label tokens
+        that the model does not answer with.
+        """
+        said = [mass_warning(self.certificate.reference.label_mass_mean, self.manifest.labels)]
+        tokens = self.certificate.tokenization
+        if tokens is not None and tokens.different:
+            said.append(
+                f"{tokens.different} of {tokens.texts} strings have other token ids than transformers' tokenizer makes: "
+                f"{tokens.first_difference}"
+            )
+        return "; ".join(filter(None, said)) or None
 
 
 def export_bundle(
@@ -113,8 +122,8 @@ def export_bundle(
     of the network get finer number formats where it needs them to stay inside. recipe: a bundle whose variants' formats to
     take instead of searching. tokenization_texts: on how many strings token ids are compared with the Hugging Face
     tokenizer's when PyTorch computes the reference (default: 100000; 0: none). allow_drift: write the bundle even if a gate
-    fails, its certificate says so; the default budget is then `none`. fresh: do not take up logits that an earlier run
-    with the same checkpoint, texts and versions has kept (see `calibrate/resume.py`).
+    fails or token ids differ, its certificate says so; the default budget is then `none`. fresh: do not take up logits
+    that an earlier run with the same checkpoint, texts and versions has kept (see `calibrate/resume.py`).
 
     Raises GateError (nothing is written), CheckpointError, UsageError, InputError or MissingDependencyError.
     """
@@ -150,7 +159,8 @@ def export_bundle(
         if texts.reference is None:
             sources = [text_of_record(text.record, contract) for text in (*texts.texts, *calibration_texts.texts)]
             tokenization = tokenization_equality(checkpoint, encoder, sources, tokenization_texts, report)
-            refuse_difference(tokenization, checkpoint)
+            if not allow_drift:
+                refuse_difference(tokenization, checkpoint)
             texts = add_reference(texts, checkpoint, report, yardstick=True, store=store)
         calibrated = Calibrated(
             checkpoint,

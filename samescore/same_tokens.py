@@ -34,5 +34,6 @@ def refuse_difference(found: TokenizationEquality | None, checkpoint: Checkpoint
         raise GateError(
             f"{found.different} of {found.texts} strings have other token ids than transformers' tokenizer of "
             f"{checkpoint.folder} makes. diagnosis: {found.first_difference}. Nothing was written. Save the tokenizer that "
-            "you use (AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)) beside the checkpoint, and export again"
+            "you use (AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)) beside the checkpoint and export again, or "
+            "--allow-drift"
         )

@@ -185,6 +185,8 @@ def test_export_and_verify_refuse_other_ids(bert_checkpoint, texts_files, tmp_pa
     ):
         export_bundle(bert_checkpoint, tmp_path / "b", **settings)
     assert list(tmp_path.iterdir()) == []
+    drifting = export_bundle(bert_checkpoint, tmp_path / "drifting", allow_drift=True, **settings)
+    assert drifting.certificate.tokenization.different > 100 and "no BOS" in drifting.warning
     result = export_bundle(bert_checkpoint, tmp_path / "b", tokenization_texts=0, **settings)
     assert result.certificate.tokenization is None
     monkeypatch.undo()
