@@ -93,7 +93,7 @@ def test_fp16_is_far_more_exact_than_bfloat16(exported):
 
 def test_the_labels_have_the_mass(exported):
     reference = exported.certificate.reference
-    assert reference.label_mass_mean >= 0.85 and exported.warning is None
+    assert reference.label_mass_mean >= 0.85 and "prompt may be broken" not in (exported.warning or "")
 
 
 @pytest.mark.parametrize("variant", ["cpu-fp32", "cpu-int8"])
