@@ -19,6 +19,18 @@ from samescore.runtime.errors import BundleError
 SCORES_NAME = "scores.npz"
 BFLOAT16 = "bfloat16"
 SCORES_LIMIT = 200_000_000
+# What zipfile and numpy raise for bytes that are no such archive: also a compression that zipfile does not know, and a header
+# that asks for more memory than there is.
+UNREADABLE = (
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    MemoryError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 Scores = dict[str, npt.NDArray[np.float32]]
 
 
@@ -37,9 +49,7 @@ def read_scores(raw: bytes) -> Scores:
                 raise BundleError(f"{SCORES_NAME} unpacks to more than {SCORES_LIMIT} bytes")
         with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
             scores = {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, EOFError, KeyError, MemoryError, NotImplementedError) as error:
-        raise BundleError(f"{SCORES_NAME} cannot be read: {error}") from error
-    except (zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise BundleError(f"{SCORES_NAME} cannot be read: {error}") from error
     for name, array in scores.items():
         if array.dtype != np.float32 or array.ndim != 2:

@@ -19,7 +19,7 @@ from samescore.calibrate.activations import CalibrationRun
 from samescore.calibrate.budget import Budget
 from samescore.calibrate.certify import score_all
 from samescore.calibrate.effects import part_effects, parts_of
-from samescore.calibrate.frontier import make_frontier, time_of, weights_of
+from samescore.calibrate.frontier import make_frontier, weights_of
 from samescore.calibrate.metrics import Drift, measure
 from samescore.calibrate.reference import Reporter
 from samescore.calibrate.stages import read_model
@@ -72,7 +72,7 @@ def search(
     (`TextEncoder.prefix_ids`). GateError when even the finest formats are not enough; UsageError for an architecture without
     parts.
     """
-    parts, budget = parts_of(checkpoint), budget.over(len(input_ids))
+    budget = budget.over(len(input_ids))
     trials = _Trials(checkpoint, recipe, input_ids, run, max_tokens, prefix, workspace)
     with report(f"the recipe as it is on {len(input_ids)} calibration texts"):
         plain = trials.measure({})
@@ -92,9 +92,7 @@ def search(
             tick,
             plain,
         )
-    formats = frontier.choices(count)
-    weights = {part: weights_of(checkpoint, part) for part in parts}
-    return Choice(formats, time_of(recipe, formats, weights), drift, effects.sensitivity(recipe))
+    return Choice(frontier.choices(count), frontier.time(count), drift, effects.sensitivity(recipe))
 
 
 def effect_texts(checkpoint: Checkpoint, recipe: Recipe, input_ids: Sequence[Ids]) -> list[Ids]:

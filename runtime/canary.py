@@ -211,8 +211,7 @@ def _score(
         reason = (
             f"over {counted} probabilities moved by up to {moved:.1e}, {mean:.1e} on average, from where the bundle was "
             f"certified (allowed {certified.allowed_max:.0e} and {certified.allowed_mean:.0e}) and are up to {drift:.1e} from "
-            f"PyTorch's. What differs from there: {differs}. See every "
-            "number with: samescore verify BUNDLE"
+            f"PyTorch's. What differs from there: {differs}. See every number with: samescore verify BUNDLE"
         )
         return CanaryResult("tripped", len(rows), *numbers, reason, seconds)
     if len(rows) < min(LEAST_TEXTS, len(canary.texts)):

@@ -27,10 +27,12 @@ DIGIT = np.float32(254)
 
 
 class _QuantizedRows(NamedTuple):
-    """uint8 [rows, K] and one float32 scale per row [rows, 1]."""
+    """uint8 [rows, K] and one float32 scale per row [rows, 1]; scales and zero points [rows] as QuantizeLinear wants them."""
 
     values: ir.Value
     scale: ir.Value
+    flat: ir.Value
+    zero_points: ir.Value
 
 
 class _Digits(NamedTuple):
@@ -88,8 +90,8 @@ class RowInt8Linears:
         if not after_gelu:
             x, weight, bias = self._rescaled(x, site, weight, bias, rescaled)
         values, column_scale = quantize_columns(weight)
-        if after_gelu and bias is not None and self.statistics is not None:
-            bias = bias + self.statistics[site].mean @ (weight - values * column_scale)
+        if after_gelu:
+            bias = self._unbiased(bias, site, weight)
         rows = self._quantize(x, after_gelu=after_gelu)
         zero_point = GELU_ZERO_POINT if after_gelu else SIGNED_ZERO_POINT
         y = g.op("Mul", self._multiply(rows.values, name, values, column_scale, zero_point), rows.scale)
@@ -97,13 +99,10 @@ class RowInt8Linears:
 
     def gated(self, x: ir.Value, prefix: str, weights: GatedWeights, rescaled: Rescaling | None) -> ir.Value:
         """See Linears. In slices of the inner channels, largest activations first."""
-        g, (gate, up, down) = self.g, weights
-        if rescaled is not None:
-            gate, up = gate * rescaled.scale[:, None], up * rescaled.scale[:, None]
-        inner = self.rescaling(f"{prefix}.down_proj", down, centred=False)
+        g = self.g
+        (gate, up, down), inner = self._rescaled_gate(prefix, weights, rescaled)
         order = np.arange(len(down))
         if inner is not None and self.statistics is not None:
-            up, down = up / inner.scale, down * inner.scale[:, None]
             spread = self.statistics[f"{prefix}.down_proj"].uncentred().spread / inner.scale
             order = np.argsort(-spread, kind="stable")
         rows = self._quantize(x, after_gelu=False)
@@ -137,6 +136,26 @@ class RowInt8Linears:
             bias = rescaling.shift @ weight + (0 if bias is None else bias)
         return x, weight * rescaling.scale[:, None], bias
 
+    def _rescaled_gate(
+        self, prefix: str, weights: GatedWeights, rescaled: Rescaling | None
+    ) -> tuple[GatedWeights, Rescaling | None]:
+        """Weights that undo what rescaled the input, with the inner channels smoothed, and how they were."""
+        gate, up, down = weights
+        if rescaled is not None:
+            gate, up = gate * rescaled.scale[:, None], up * rescaled.scale[:, None]
+        inner = self.rescaling(f"{prefix}.down_proj", down, centred=False)
+        if inner is not None:
+            up, down = up / inner.scale, down * inner.scale[:, None]
+        return GatedWeights(gate, up, down), inner
+
+    def _unbiased(self, bias: FloatArray | None, site: str, weight: FloatArray) -> FloatArray | None:
+        """The bias without what the rounding of the weight adds to the output's mean, where calibration tells."""
+        if bias is None or self.statistics is None:
+            return bias
+        values, column_scale = quantize_columns(weight)
+        unbiased: FloatArray = bias + self.statistics[site].mean @ (weight - values * column_scale)
+        return unbiased
+
     def _raw(self, rows: _QuantizedRows, name: str, weight: FloatArray) -> ir.Value:
         """The product without the rows' scales."""
         return self._multiply(rows.values, name, *quantize_columns(weight), SIGNED_ZERO_POINT)
@@ -169,7 +188,8 @@ class RowInt8Linears:
             flat = g.op("Squeeze", scale, g.ints(1))
             # QuantizeLinear wants the zero point in the shape of the scale.
             zero_points = g.op("Expand", g.constant([zero_point], np.uint8), g.op("Shape", x, start=0, end=1))
-            self._quantized[key] = _QuantizedRows(g.op("QuantizeLinear", x, flat, zero_points, axis=0), scale)
+            values = g.op("QuantizeLinear", x, flat, zero_points, axis=0)
+            self._quantized[key] = _QuantizedRows(values, scale, flat, zero_points)
         return self._quantized[key]
 
     def _row_scale(self, x: ir.Value, *, after_gelu: bool) -> ir.Value:
@@ -211,20 +231,15 @@ class RowDigitLinears(RowInt8Linears):
         name = name or site
         if not after_gelu:
             x, weight, bias = self._rescaled(x, site, weight, bias, rescaled)
-        elif bias is not None and self.statistics is not None and not self.wide_weights:
-            values, scale = quantize_columns(weight)
-            bias = bias + self.statistics[site].mean @ (weight - values * scale)
+        elif not self.wide_weights:
+            bias = self._unbiased(bias, site, weight)
         y = self._product(x, name, weight)
         return y if bias is None else self.g.op("Add", y, self.g.weight(f"{name}.bias", bias))
 
     def gated(self, x: ir.Value, prefix: str, weights: GatedWeights, rescaled: Rescaling | None) -> ir.Value:
         """See Linears."""
-        g, (gate, up, down) = self.g, weights
-        if rescaled is not None:
-            gate, up = gate * rescaled.scale[:, None], up * rescaled.scale[:, None]
-        inner = self.rescaling(f"{prefix}.down_proj", down, centred=False)
-        if inner is not None:
-            up, down = up / inner.scale, down * inner.scale[:, None]
+        g = self.g
+        (gate, up, down), _ = self._rescaled_gate(prefix, weights, rescaled)
         activated = silu(g, self._product(x, f"{prefix}.gate_proj", gate))
         product = g.op("Mul", activated, self._product(x, f"{prefix}.up_proj", up))
         return self._product(product, f"{prefix}.down_proj", down)
@@ -245,10 +260,9 @@ class RowDigitLinears(RowInt8Linears):
         """Both digits of rows of x, once for all matrices that read them."""
         g = self.g
         if id(x) not in self._digits:
-            high, scale = self._quantize(x, after_gelu=False)
-            flat = g.op("Squeeze", scale, g.ints(1))
-            zero = g.op("Expand", g.constant([SIGNED_ZERO_POINT], np.uint8), g.op("Shape", x, start=0, end=1))
-            rest = g.op("Sub", x, g.op("DequantizeLinear", high, flat, zero, axis=0))
-            low = g.op("QuantizeLinear", rest, g.op("Mul", flat, g.constant(1 / DIGIT, np.float32)), zero, axis=0)
-            self._digits[id(x)] = _Digits(high, g.op("Concat", high, low, axis=0), scale)
+            rows = self._quantize(x, after_gelu=False)
+            rest = g.op("Sub", x, g.op("DequantizeLinear", rows.values, rows.flat, rows.zero_points, axis=0))
+            step = g.op("Mul", rows.flat, g.constant(1 / DIGIT, np.float32))
+            low = g.op("QuantizeLinear", rest, step, rows.zero_points, axis=0)
+            self._digits[id(x)] = _Digits(rows.values, g.op("Concat", rows.values, low, axis=0), rows.scale)
         return self._digits[id(x)]
