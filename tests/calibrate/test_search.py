@@ -153,9 +153,7 @@ def search_for(recipe, budget, checkpoint, ids, run, folder):
 def test_few_texts_measure_the_effects_of_a_large_model(subject, monkeypatch):
     checkpoint, ids, _ = subject
     chosen = effect_texts(checkpoint, RECIPE, ids * 100)
-    assert len(chosen) == 128 and all(
-        a is b or np.array_equal(a, b) for a, b in zip(chosen, (ids * 100)[::3], strict=False)
-    )
+    assert len(chosen) == 128 and all(map(np.array_equal, chosen, (ids * 100)[::3]))
     long = [np.broadcast_to(np.int64(1), 10**9)] * 100
     assert {len(text) for text in effect_texts(checkpoint, RECIPE, long)} == {search_module.EFFECT_TOKENS}
     monkeypatch.setattr(search_module, "EFFECT_BYTES", 1.0)
