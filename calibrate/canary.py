@@ -12,7 +12,7 @@ import numpy.typing as npt
 from samescore.calibrate.gate import TOLERANCES
 from samescore.calibrate.golden import GoldenSet
 from samescore.runtime.canary import LEAST_TEXTS, SCHEMA_VERSION, Canary, CanaryText, VariantCanary, here
-from samescore.runtime.manifest import Activation, Variant
+from samescore.runtime.manifest import Activation, Target, Variant
 from samescore.runtime.prediction import probabilities_of
 from samescore.runtime.prefill import Ids
 
@@ -31,11 +31,12 @@ def canary_json(
     *,
     activation: Activation,
     prefix: Ids,
+    certified_on: Mapping[str, Target] | None = None,
 ) -> bytes:
-    """`canary.json` of variants measured on this box's CPU, as UTF-8 JSON.
+    """`canary.json` of variants measured on this box, as UTF-8 JSON.
 
     golden: with ids and reference logits. variants: as in the manifest. logits: each one's by its name, float32
-    [texts, labels]. prefix: ids that the bundle's texts begin with.
+    [texts, labels]. prefix: ids that the bundle's texts begin with. certified_on: where, by a variant's name (default: cpu).
     """
     chosen = choose_texts(golden, activation, prefix)
     texts = [golden.texts[index] for index in chosen]
@@ -48,7 +49,7 @@ def canary_json(
                 allowed_max=TOLERANCES[variant.precision].p99_abs_dp,
                 allowed_mean=max(MEAN_SHARE * TOLERANCES[variant.precision].p99_abs_dp, LEAST_MEAN),
                 gate_max=TOLERANCES[variant.precision].max_abs_dp,
-                environment=here("cpu"),
+                environment=here((certified_on or {}).get(variant.name, "cpu")),
             )
             for variant in variants
         },

@@ -18,7 +18,7 @@ from samescore.calibrate.recalibrate import judged_pair
 from samescore.calibrate.resume import Row, Rows
 from samescore.calibrate.shipped import ShippedSet
 from samescore.runtime.bundle import ModelBytes
-from samescore.runtime.manifest import Activation, Precision, Target
+from samescore.runtime.manifest import Activation, Precision
 from samescore.runtime.prefill import Ids, Reader, feeds_for, logits_of, state_after
 from samescore.runtime.recalibration import Recalibration
 from samescore.runtime.scheduler import run_longest_first
@@ -33,7 +33,7 @@ class SessionMaker:
     """Makes sessions of one graph on one target, with a given number of threads per call."""
 
     model: ModelBytes
-    target: Target
+    target: str
 
     def __call__(self, intra_op_threads: int) -> Session:
         """A new session."""

@@ -22,7 +22,7 @@ from samescore.export.build import build_graph
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.intermediate import with_hidden_outputs
 from samescore.runtime.bundle import ModelBytes
-from samescore.runtime.manifest import Precision, Target
+from samescore.runtime.manifest import Precision
 from samescore.runtime.prefill import Ids, feeds_for
 from samescore.runtime.session import Session
 from samescore.runtime.threads import available_threads
@@ -77,7 +77,7 @@ class Localization:
 
 def localize(
     model: ModelBytes,
-    target: Target,
+    target: str,
     checkpoint: Checkpoint,
     input_ids: Sequence[Ids],
     *,

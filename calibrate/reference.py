@@ -21,6 +21,7 @@ from samescore.calibrate.progress import Tick, resumed_step
 from samescore.calibrate.resume import Key, Row, Rows, Store
 from samescore.export.adapter import CONFIG_NAME, AdaptedCheckpoint
 from samescore.export.checkpoint import Checkpoint
+from samescore.export.language_model import LanguageModel
 from samescore.export.scorer import TokenScorer
 from samescore.runtime.errors import CheckpointError, MissingDependencyError
 
@@ -111,7 +112,7 @@ def _compute(
     model = load_reference(checkpoint, dtype=dtype)
     label_ids = checkpoint.label_ids if isinstance(checkpoint, TokenScorer) else None
     # Qwen3.5 logs at its first call that faster kernels exist.
-    with torch.inference_mode(), _quiet():
+    with torch.inference_mode(), quiet():
         for ids in input_ids:
             tokens = torch.from_numpy(ids[None, :])
             inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -134,7 +135,7 @@ def load_reference(checkpoint: Checkpoint, *, dtype: DType = "float32") -> Any:
     """
     if isinstance(checkpoint, AdaptedCheckpoint):
         return _load_adapted(checkpoint, dtype)
-    auto = "AutoModelForCausalLM" if isinstance(checkpoint, TokenScorer) else "AutoModelForSequenceClassification"
+    auto = "AutoModelForCausalLM" if isinstance(checkpoint, LanguageModel) else "AutoModelForSequenceClassification"
     model, missing = _load(auto, checkpoint.folder, dtype)
     if missing:
         raise _random(checkpoint.folder, missing)
@@ -155,7 +156,7 @@ def _load_adapted(checkpoint: AdaptedCheckpoint, dtype: DType) -> Any:
     if invented := missing - checkpoint.supplied:
         raise _random(checkpoint.base.folder, invented)
     try:
-        with _quiet():
+        with quiet():
             # Without the cast everything runs in `dtype`, as the base does.
             adapted = peft.PeftModel.from_pretrained(
                 model, checkpoint.folder, torch_device="cpu", autocast_adapter_dtype=False
@@ -181,7 +182,7 @@ def _load(auto: str, folder: Path, dtype: DType, **options: Any) -> tuple[Any, s
     torch = import_torch()
     import transformers
 
-    with _quiet():
+    with quiet():
         model, info = getattr(transformers, auto).from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
@@ -209,7 +210,7 @@ def position_logits(
     if not hasattr(model, "bert") or not hasattr(model, "classifier"):
         return None
     rows = []
-    with torch.inference_mode(), _quiet():
+    with torch.inference_mode(), quiet():
         for ids in input_ids:
             hidden = model.bert(torch.from_numpy(ids[None, :])).last_hidden_state[0]
             # The pooler reads position 0: each position is handed to it as a text of its own.
@@ -244,11 +245,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReferenceTokenizer:
     folder = checkpoint.folder
     if isinstance(checkpoint, AdaptedCheckpoint) and not (folder / "tokenizer.json").is_file():
         folder = checkpoint.base.folder
-    with _quiet():
+    with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        with _quiet():
+        with quiet():
             found: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
         return found
 
@@ -318,7 +319,7 @@ def _key(checkpoint: Checkpoint, digest: str, dtype: DType) -> Key:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars, warnings or logs of transformers: what matters is raised as an error."""
     from transformers.utils import logging as transformers_logging
 

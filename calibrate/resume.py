@@ -32,8 +32,8 @@ import numpy as np
 import numpy.typing as npt
 
 from samescore.runtime.bundle import ModelBytes
+from samescore.runtime.cache import cache_folder
 from samescore.runtime.cpu import cpu_model, int8_flags
-from samescore.runtime.manifest import Target
 from samescore.runtime.prefill import Ids
 from samescore.runtime.providers import import_onnxruntime
 
@@ -152,7 +152,7 @@ class Store:
             return Rows(folder / f"{name}.jsonl", whole, reads=self.reads)
         return Rows()
 
-    def variant_rows(self, model: ModelBytes, target: Target, prefix: Ids) -> Rows:
+    def variant_rows(self, model: ModelBytes, target: str, prefix: Ids) -> Rows:
         """What is kept of a variant, by the bytes of its graph and weights; in memory only for what is not the CPU.
 
         prefix: the ids that are read once (`TextEncoder.prefix_ids`).
@@ -170,18 +170,6 @@ class Store:
                 "prefix": _digest(prefix),
             }
         )
-
-
-def cache_folder() -> Path:
-    """$SAMESCORE_CACHE, else $XDG_CACHE_HOME/samescore, else ~/.cache/samescore; it need not exist.
-
-    RuntimeError when there is no home folder.
-    """
-    if own := os.environ.get("SAMESCORE_CACHE"):
-        return Path(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "samescore"
-    return Path("~/.cache/samescore").expanduser()
 
 
 def _remove_old(folder: Path) -> None:

@@ -143,7 +143,7 @@ def fewest(
         if high - low <= max(1, steps // 32):
             break
     if best is None:
-        best, high = try_out(steps), steps
+        best, high = drift if low == steps else try_out(steps), steps
         if budget.excess(best) > 1:
             raise GateError(
                 "no choice of formats stays inside the budget: with the finest for every part, "

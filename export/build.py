@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from samescore.export.adapter import MERGE_FIRST, AdaptedCheckpoint
 from samescore.export.checkpoint import Checkpoint
+from samescore.export.generator import Generator
+from samescore.export.language_model import LanguageModel
 from samescore.export.quantize import ChannelStatistics
-from samescore.export.recipes import Recipe, VariantSpec
+from samescore.export.recipes import GENERATION_VARIANTS, Recipe, VariantSpec
 from samescore.export.scorer import TokenScorer
 from samescore.runtime.errors import CheckpointError, MissingDependencyError, UsageError
 from samescore.runtime.manifest import Variant
@@ -20,6 +22,8 @@ Statistics = Mapping[str, ChannelStatistics]
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
+# The variants of every architecture's language models that generate text.
+GENERATING = tuple(spec.name for spec in GENERATION_VARIANTS)
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,10 @@ class Architecture:
     """A hand-built graph: the classes of transformers it stands for, the function that builds it, and what it offers.
 
     classifiers: classes with a trained head. language_models: classes that label tokens make a classifier of
-    (`TokenScorer`). variants: names, the first is the default. parts: what a recipe may choose a format for, by stage.
-    stages: the layers, cut so that calibration holds one stage at a time; or None for a graph that is built whole.
-    bounded: its plain form reads texts up to a limit only, so `build` takes `max_tokens`.
+    (`TokenScorer`), and that generate text (`Generator`). variants: names of a classifier's, the first is the default.
+    parts: what a recipe may choose a format for, by stage. stages: the layers, cut so that calibration holds one stage at
+    a time; or None for a graph that is built whole. bounded: its plain form reads texts up to a limit only, so `build`
+    takes `max_tokens`.
     """
 
     classifiers: tuple[str, ...]
@@ -39,6 +44,10 @@ class Architecture:
     parts: Callable[[Checkpoint], list[list[str]]]
     stages: Callable[[Checkpoint], list[range]] | None = None
     bounded: bool = False
+
+    def variants_of(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """The names of the variants that a checkpoint can have, the first is the default."""
+        return GENERATING if isinstance(checkpoint, Generator) else self.variants
 
     def limit(self, recipe: Recipe, max_tokens: int | None) -> int | None:
         """The longest text that the graph of a recipe can read; None: as long as memory allows."""
@@ -64,14 +73,14 @@ def architectures() -> tuple[Architecture, ...]:
 
 def architecture_of(checkpoint: Checkpoint) -> Architecture | None:
     """The hand-built graph for a checkpoint's class, or None (the generic route)."""
-    name, scorer = checkpoint.architecture, isinstance(checkpoint, TokenScorer)
-    return next((a for a in architectures() if name in (a.language_models if scorer else a.classifiers)), None)
+    name, whole = checkpoint.architecture, isinstance(checkpoint, LanguageModel)
+    return next((a for a in architectures() if name in (a.language_models if whole else a.classifiers)), None)
 
 
 def check_variant(checkpoint: Checkpoint, spec: VariantSpec) -> None:
     """UsageError for a variant that the checkpoint's architecture does not offer."""
     architecture = architecture_of(checkpoint)
-    offered = architecture.variants if architecture else ("cpu-fp32",)
+    offered = architecture.variants_of(checkpoint) if architecture else ("cpu-fp32",)
     if spec.name not in offered:
         why = "" if architecture else " (it has no hand-built graph)"
         raise UsageError(
@@ -80,12 +89,16 @@ def check_variant(checkpoint: Checkpoint, spec: VariantSpec) -> None:
 
 
 def check_buildable(checkpoint: Checkpoint) -> None:
-    """CheckpointError for what neither a hand-built graph nor tracing can export as a classifier."""
+    """CheckpointError for what neither a hand-built graph nor tracing can export."""
     known = [name for architecture in architectures() for name in architecture.language_models]
-    if checkpoint.architecture in known and not isinstance(checkpoint, TokenScorer):
+    if checkpoint.architecture in known and not isinstance(checkpoint, LanguageModel):
         raise CheckpointError(
             f"{checkpoint.folder} holds a language model ({checkpoint.architecture}), not a classifier. To score its next "
-            "token, name the tokens: --label-tokens Yes,No"
+            "token, name the tokens: --label-tokens Yes,No. To generate text with it: --task generate"
+        )
+    if isinstance(checkpoint, Generator) and checkpoint.architecture not in known:
+        raise CheckpointError(
+            f"{checkpoint.folder} is a {checkpoint.architecture}; text is generated by {', '.join(known)}"
         )
     if isinstance(checkpoint, TokenScorer) and checkpoint.architecture not in known:
         raise CheckpointError(
@@ -120,7 +133,8 @@ def build_graph(
     from samescore.export.weights import WeightFile
 
     options: dict[str, Any] = {} if stage is None else {"stage": stage}
-    if limit := architecture.limit(recipe, max_tokens):
+    generating = isinstance(checkpoint, Generator) and recipe.state
+    if limit := max_tokens if generating else architecture.limit(recipe, max_tokens):
         options["max_tokens"] = limit
     weights = WeightFile(folder / DATA_NAME)
     try:
@@ -156,20 +170,30 @@ def build_variant(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    inputs = tuple(value.name for value in model.graph.inputs)
     recipe = {
         "linear": spec.recipe.linear,
         "embedding": spec.recipe.embedding,
         "smoothing": "from calibration texts" if statistics and spec.recipe.smoothing else "none",
-        "graph": "fused operators, no padding" if spec.recipe.contrib else "plain ONNX, attention mask",
+        "graph": _graph_form(spec.recipe, inputs),
     }
+    if spec.recipe.chunked:
+        recipe["delta_rule"] = "GatedDeltaNet"
     if spec.recipe.rounding == "gptq":
         known = statistics and all(one.gram is not None for one in statistics.values())
         recipe["rounding"] = "GPTQ from calibration texts" if known else "nearest"
     if spec.recipe.choices:
         recipe["parts"] = spec.recipe.to_text()
-    inputs = tuple(value.name for value in model.graph.inputs)
     variant = _variant(spec, inputs, spec.recipe.opset, recipe, (DATA_NAME,))
     return replace(variant, max_tokens=architecture.limit(spec.recipe, max_tokens))
+
+
+def _graph_form(recipe: Recipe, inputs: Sequence[str]) -> str:
+    if not recipe.contrib:
+        return "plain ONNX, attention mask"
+    if "total_lengths" in inputs:
+        return "fused operators, state in place"
+    return "fused operators, lengths of padded texts" if "lengths" in inputs else "fused operators, no padding"
 
 
 def _build_generic(checkpoint: Checkpoint, spec: VariantSpec, folder: Path) -> Variant:

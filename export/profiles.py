@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from samescore.export.checkpoint import Checkpoint
+from samescore.export.recipes import Task
 from samescore.runtime.contract import TextContract
 from samescore.runtime.errors import UsageError, did_you_mean
 
@@ -20,6 +21,8 @@ PROMPT_RESPONSE_2048 = TextContract(
 )
 # The card names no limit; longer articles are cut at the end.
 ARTICLE_8192 = TextContract(kind="text", max_tokens=8192, truncation="right", ellipsis="")
+# The card's context; the chat template makes the text.
+CHAT_32768 = TextContract(kind="text", max_tokens=32768, truncation="right", ellipsis="")
 # The card's prompt, character by character; it ends in a space, so that the next token is a bare digit.
 LEANING_8192 = TextContract(
     kind="instruction",
@@ -53,7 +56,7 @@ class Profile:
     label_tokens: of a language model, the tokens whose probabilities are the score. adapter: where in the repository the
     adapter lies. texts: the folder of the package that holds its golden and calibration texts, or None. golden_limit,
     calibration_limit: how many of these an export uses when nothing else is asked for, None: all. available: whether this
-    version can export it. licence: what the source's card says.
+    version can export it. licence: what the source's card says. task: whether it judges texts or writes them.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Profile:
     adapter: str | None = None
     golden_limit: int | None = None
     calibration_limit: int | None = None
+    task: Task = "classify"
 
 
 # A model of a billion parameters needs about a second of a CPU for each golden text, more than once.
@@ -139,11 +143,14 @@ PROFILES: tuple[Profile, ...] = (
         name="civic-aligned",
         kind="hub",
         source="YuYu1015/YuYu1015-Qwen3.5-0.8B-TW-CivicAligned-v1",
-        summary="chat; Qwen3.5-0.8B",
-        contract=None,
-        texts=None,
-        available=False,
-        licence="see the model card",
+        summary="chat on Taiwan-related political topics, generated text; Qwen3.5-0.8B, 32,768 tokens",
+        contract=CHAT_32768,
+        texts="texts/conversations",
+        available=True,
+        licence="none stated on its card, which releases it solely for academic research and education; its base is "
+        "huihui-ai/Huihui-Qwen3.5-0.8B-abliterated, of Qwen/Qwen3.5-0.8B",
+        task="generate",
+        calibration_limit=LARGE_CALIBRATION,
     ),
 )
 
@@ -161,8 +168,7 @@ def profile_named(name: str) -> Profile:
         raise UsageError(f"unknown profile {name!r}; profiles are {', '.join(known)}.{did_you_mean(name, known)}")
     if not profile.available:
         raise UsageError(
-            f"profile {name!r} is planned: this version exports classifiers, and language models that label tokens make "
-            f"classifiers of, but no chat models. Profiles that export today: {', '.join(known)}"
+            f"profile {name!r} is planned: this version cannot export it. Profiles that export today: {', '.join(known)}"
         )
     return profile
 

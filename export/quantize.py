@@ -87,14 +87,14 @@ def _round(values: FloatArray) -> Int8Array:
 BLOCKS8 = (128, 64, 32, 16)
 
 
-def quantize_blocks8(weight: FloatArray) -> tuple[npt.NDArray[np.uint8], FloatArray]:
+def quantize_blocks8(weight: FloatArray, largest: int = BLOCKS8[0]) -> tuple[npt.NDArray[np.uint8], FloatArray]:
     """int8 blocks for MatMulNBits: uint8 [N, blocks, size] and scales float32 [N, blocks] of weight [K, N].
 
-    Values are stored with zero point 128. A block holds the most inputs of BLOCKS8 that divide K; K is padded with zeros
-    where none does.
+    Values are stored with zero point 128. A block holds the most inputs of BLOCKS8 that divide K, `largest` at most; K is
+    padded with zeros where none does.
     """
     inputs, outputs = weight.shape
-    size = next((size for size in BLOCKS8 if inputs % size == 0), BLOCKS8[-1])
+    size = next((size for size in BLOCKS8 if size <= largest and inputs % size == 0), BLOCKS8[-1])
     blocks = -(-inputs // size)
     packed = np.empty((outputs, blocks, size), np.uint8)
     scales = np.empty((outputs, blocks), np.float32)

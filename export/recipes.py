@@ -18,6 +18,8 @@ NumberFormat = Literal[
     "float32", "float16", "int8-row", "int8-row-a16", "int16-row", "int8-weights", "int8-blocks", "int4-blocks"
 ]
 
+Task = Literal["classify", "generate"]
+
 # What a part of the network may have instead of its format, cheapest first; the last is all but exact.
 FINER: dict[NumberFormat, tuple[NumberFormat, ...]] = {
     "int8-row": ("int8-row-a16", "int16-row"),
@@ -35,8 +37,8 @@ class Recipe:
     linear: format of the weight matrices. `int8-row` is int8 weights per output channel times uint8 activations with
       one dynamic scale per token (W8A8); `int8-row-a16` has activations of two int8 digits (W8A16), `int16-row` weights too
       (W16A16); `int8-weights` is int8 weights per output channel, dequantized to float16;
-      `int8-blocks` has one scale per 128 weights of a column (fewer where 128 does not divide it), `int4-blocks` one per
-      32; the operator multiplies them by float activations, which it may round to int8 blocks on a CPU.
+      `int8-blocks` has one scale per `block` weights of a column (fewer where that does not divide it), `int4-blocks` one
+      per 32; the operator multiplies them by float activations, which float32 files round to int8 blocks on a CPU.
     embedding: format of the word embedding table; `int8-row` has one scale per row.
     contrib: fused com.microsoft operators, or plain ONNX with an attention mask.
     half: linear layers compute in float16; norms, softmax and the residual stream stay float32.
@@ -45,6 +47,10 @@ class Recipe:
     rounding: of `int4-blocks` weights: to the nearest, or by GPTQ where calibration texts give a Gram matrix. A tapped graph
       of a recipe with GPTQ also outputs what the Gram matrices are made of.
     state: decoders also take and return their KV cache, for shared prefixes and for long texts in chunks.
+    padding: the fused graph of an encoder also takes `lengths`, so that a batch may be padded; those of decoders always do.
+    chunked: fused linear attention is one GatedDeltaNet operator, of which ONNX Runtime has no CPU kernel, and not
+      LinearAttention.
+    block: how many weights share a scale in `int8-blocks`, at most.
     choices: parts of the network, by the beginning of their weights' names (`model.layers.0.mlp`), and the format that
       they have instead of `linear` or `embedding`.
     """
@@ -58,7 +64,10 @@ class Recipe:
     rounding: Literal["nearest", "gptq"] = "nearest"
     half: bool = False
     state: bool = False
+    padding: bool = False
+    chunked: bool = False
     choices: tuple[tuple[str, NumberFormat], ...] = ()
+    block: int = 128
 
     def format_of(self, name: str, default: NumberFormat | None = None) -> NumberFormat:
         """The format of a weight or linear layer of that name; default: `linear`."""
@@ -95,24 +104,33 @@ class Recipe:
 
 @dataclass(frozen=True)
 class VariantSpec:
-    """A named variant: what it is for and its recipe."""
+    """A named variant: what it is for and its recipe.
+
+    certified_on: where the gate runs it. The CPU provider runs nearly every graph, so that any box can certify it; a graph
+    with an operator that it has no kernel for is certified on its own target. instead: a variant that any box can certify.
+    """
 
     name: str
     target: Target
     precision: Precision
     recipe: Recipe
     summary: str
+    certified_on: Target = "cpu"
+    instead: str | None = None
 
+
+# Classifiers and generators alike.
+_CPU_FP32 = VariantSpec(
+    "cpu-fp32",
+    "cpu",
+    "fp32",
+    Recipe("float32", "float32", contrib=True, opset=21, ir_version=10, state=True),
+    "CPU, float32, fused operators",
+)
 
 # MIGraphX: one operator that it does not know puts the whole model on the CPU, so plain ONNX <= 21 only.
 VARIANTS: tuple[VariantSpec, ...] = (
-    VariantSpec(
-        "cpu-fp32",
-        "cpu",
-        "fp32",
-        Recipe("float32", "float32", contrib=True, opset=21, ir_version=10, state=True),
-        "CPU, float32, fused operators",
-    ),
+    _CPU_FP32,
     VariantSpec(
         "cpu-int8",
         "cpu",
@@ -140,15 +158,33 @@ VARIANTS: tuple[VariantSpec, ...] = (
         "cuda-fp16",
         "cuda",
         "fp16",
-        Recipe("float16", "float16", contrib=True, opset=21, ir_version=10, half=True),
+        Recipe("float16", "float16", contrib=True, opset=21, ir_version=10, half=True, padding=True),
         "NVIDIA, float16 with float32 islands, fused operators",
     ),
     VariantSpec(
         "cuda-int8",
         "cuda",
         "int8",
-        Recipe("int8-blocks", "int8-row", contrib=True, opset=21, ir_version=10, smoothing=True, half=True),
+        Recipe(
+            "int8-blocks",
+            "int8-row",
+            contrib=True,
+            opset=21,
+            ir_version=10,
+            smoothing=True,
+            half=True,
+            padding=True,
+        ),
         "NVIDIA, int8 weights in blocks times float16 activations, float32 islands, fused operators",
+    ),
+    VariantSpec(
+        "cuda-fp16-chunked",
+        "cuda",
+        "fp16",
+        Recipe("float16", "float16", contrib=True, opset=21, ir_version=10, half=True, padding=True, chunked=True),
+        "NVIDIA, as cuda-fp16, linear attention in chunks on tensor cores (GatedDeltaNet); exported on a CUDA box only",
+        certified_on="cuda",
+        instead="cuda-fp16",
     ),
     VariantSpec(
         "migraphx-fp16",
@@ -165,16 +201,61 @@ VARIANTS: tuple[VariantSpec, ...] = (
         "ROCm through MIGraphX, int8 weights dequantized to float16, plain ONNX",
     ),
 )
+# Of language models that generate text. One token at a time, blocks of int8 weights are multiplied faster than whole
+# columns by rows, and one table of them serves as embedding and as head.
+GENERATION_VARIANTS: tuple[VariantSpec, ...] = (
+    VariantSpec(
+        "cpu-int8",
+        "cpu",
+        "int8",
+        Recipe(
+            "int8-blocks",
+            "int8-blocks",
+            contrib=True,
+            opset=21,
+            ir_version=10,
+            smoothing=True,
+            state=True,
+            block=16,
+        ),
+        "CPU, int8 weights in blocks of 16, embedding and head too; the head reads activations of two int8 digits",
+    ),
+    _CPU_FP32,
+    VariantSpec(
+        "cpu-int4",
+        "cpu",
+        "int4",
+        Recipe(
+            "int4-blocks",
+            "int8-blocks",
+            contrib=True,
+            opset=21,
+            ir_version=10,
+            smoothing=True,
+            rounding="gptq",
+            state=True,
+            block=16,
+        ),
+        "CPU, 4-bit weights in blocks of 32 rounded by GPTQ, int8 embedding and head",
+    ),
+    VariantSpec(
+        "cuda-fp16",
+        "cuda",
+        "fp16",
+        Recipe("float16", "float16", contrib=True, opset=21, ir_version=10, half=True, state=True),
+        "NVIDIA, float16 with float32 islands and states, float16 KV cache",
+    ),
+)
 ALIASES = {"portable-fp16": "migraphx-fp16", "portable-int8": "migraphx-int8"}
 
 
-def variant_spec(name: str) -> VariantSpec:
-    """The variant of that name (or alias); UsageError lists those there are."""
-    wanted = ALIASES.get(name, name)
-    for spec in VARIANTS:
+def variant_spec(name: str, task: Task = "classify") -> VariantSpec:
+    """A task's variant of that name (or alias); UsageError lists those there are."""
+    wanted, variants = ALIASES.get(name, name), VARIANTS if task == "classify" else GENERATION_VARIANTS
+    for spec in variants:
         if spec.name == wanted:
             return spec
-    known = [spec.name for spec in VARIANTS] + list(ALIASES)
+    known = [spec.name for spec in variants] + (list(ALIASES) if task == "classify" else [])
     raise UsageError(f"unknown variant {name!r}; variants are {', '.join(known)}.{did_you_mean(name, known)}")
 
 

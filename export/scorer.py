@@ -13,16 +13,15 @@ from collections.abc import Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-from samescore.export.checkpoint import Checkpoint, FloatArray, Stored, open_safetensors
+from samescore.export.checkpoint import Checkpoint, FloatArray, open_safetensors
+from samescore.export.language_model import HEAD, LanguageModel
 from samescore.runtime.errors import UsageError
 from samescore.runtime.manifest import Activation
 
-HEAD, EMBEDDING, SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
-# How multimodal checkpoints name the tensors of their text model.
-TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+SCORE = "score.weight"
 
 
-class TokenScorer(Checkpoint):
+class TokenScorer(LanguageModel):
     """The classifier that label tokens make of a language model's checkpoint.
 
     model: a whole checkpoint, text-only or multimodal (its text model is taken). labels: texts that the tokenizer encodes
@@ -33,17 +32,9 @@ class TokenScorer(Checkpoint):
     """
 
     def __init__(self, model: Checkpoint, labels: Sequence[str]):
-        self.model = model
-        self.folder = model.folder
-        self.tokenizer_config = model.tokenizer_config
-        self.config = text_config(model)
+        super().__init__(model)
         self._labels = tuple(labels)
         self.label_ids = label_ids(model, self._labels)
-        self._stored = text_tensors(model.stored())
-        # As transformers does: a head that is stored is the head, even if the config calls it tied to the embedding.
-        untied = HEAD in self._stored or self.config.get("tie_word_embeddings") is False
-        self._head = HEAD if untied else EMBEDDING
-        self._where(self._head)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -62,14 +53,14 @@ class TokenScorer(Checkpoint):
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
         if name == SCORE:
-            return (len(self._labels), super().shape(self._head)[1])
+            return (len(self._labels), super().shape(self.head)[1])
         return super().shape(name)
 
     def tensor(self, name: str) -> FloatArray:
         """A whole tensor as float32."""
         if name != SCORE:
             return super().tensor(name)
-        path, key = self._where(self._head)
+        path, key = self._where(self.head)
         with open_safetensors(path) as file:
             view = file.get_slice(key)
             rows = [np.asarray(view[index : index + 1], dtype=np.float32) for index in self.label_ids]
@@ -79,25 +70,6 @@ class TokenScorer(Checkpoint):
         """Digest of the checkpoint and of the labels: other labels have other logits."""
         labels = "\n".join([self.model.sha256(), *self._labels])
         return hashlib.sha256(labels.encode()).hexdigest()
-
-
-def text_config(model: Checkpoint) -> dict[str, object]:
-    """The config of the text model, with the checkpoint's own `architectures`."""
-    inner = model.config.get("text_config")
-    if not isinstance(inner, dict):
-        return dict(model.config)
-    outer = {key: model.config[key] for key in ("architectures", "tie_word_embeddings") if key in model.config}
-    return {**inner, **outer}
-
-
-def text_tensors(stored: dict[str, Stored]) -> dict[str, Stored]:
-    """Where the text model's tensors lie, named `model.…` and `lm_head.weight`; towers for images and drafts are left out."""
-    prefix = next((p for p in TEXT_PREFIXES if any(name.startswith(p) for name in stored)), "model.")
-    found = {"model." + name.removeprefix(prefix): place for name, place in stored.items() if name.startswith(prefix)}
-    for name in (HEAD, f"language_model.{HEAD}"):
-        if name in stored:
-            found[HEAD] = stored[name]
-    return found
 
 
 def label_ids(model: Checkpoint, labels: Sequence[str]) -> tuple[int, ...]:

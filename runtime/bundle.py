@@ -7,10 +7,14 @@ swapped after the check is therefore never read.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import mmap
 import os
+import shutil
 import stat
+import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +31,18 @@ class ModelBytes:
 
     graph: bytes
     data: dict[str, mmap.mmap]
+
+    @functools.cached_property
+    def on_disk(self) -> Path:
+        """A private folder with a copy of the external data, for readers that take only files; gone with this object.
+
+        The bundle's own files will not do: they could be swapped after they were verified. OSError when it does not fit.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="samescore-weights-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        for name, buffer in self.data.items():
+            (folder / name).write_bytes(buffer)
+        return folder
 
 
 class Bundle:

@@ -24,7 +24,8 @@ import numpy.typing as npt
 from samescore.runtime.bundle import Bundle
 from samescore.runtime.cpu import cpu_model, int8_flags
 from samescore.runtime.errors import BundleError, CanaryError, UsageError, did_you_mean
-from samescore.runtime.manifest import Activation, Target, parse_as
+from samescore.runtime.manifest import Activation, parse_as
+from samescore.runtime.padded import PaddedReader
 from samescore.runtime.prediction import probabilities_of
 from samescore.runtime.prefill import Reader
 from samescore.runtime.providers import import_onnxruntime
@@ -45,7 +46,7 @@ Status = Literal["passed", "tripped", "skipped"]
 class Environment:
     """What decides which kernels run. int8_flags: those of `cpu.INT8_FLAGS` that the CPU has."""
 
-    provider: Target
+    provider: str
     onnxruntime: str
     cpu: str
     int8_flags: tuple[str, ...]
@@ -102,7 +103,7 @@ class CanaryResult:
     seconds: float
 
 
-def here(provider: Target) -> Environment:
+def here(provider: str) -> Environment:
     """The environment of this process with that provider."""
     return Environment(provider, str(import_onnxruntime().__version__), cpu_model(), int8_flags())
 
@@ -150,15 +151,16 @@ def check_canary(
 ) -> CanaryResult:
     """Hold this session against the certified numbers, as far as the policy asks for it (None: `off`).
 
-    `flag` scores the texts only where the environment is not the certified one, and warns; `refuse` always does and raises
-    CanaryError when the canary trips. Texts run one by one, under `flag` until BUDGET_SECONDS are over; the first one also warms
-    up, outside that time.
+    `flag` scores the texts only where the environment is not the certified one (and always on GPUs, whose model and driver are no
+    part of it), and warns; `refuse` always does and raises CanaryError when the canary trips.
+    Texts run one by one, under `flag` until BUDGET_SECONDS are over, or all in padded batches where texts are scored so; the
+    first one also warms up, outside that time.
     """
     if canary is None:
         return CanaryResult("skipped", 0, None, None, None, "canary='off'", 0.0)
     certified = canary.variants[variant]
     differs = _differences(certified.environment, here(reader.session.target))
-    if policy == "flag" and not differs:
+    if policy == "flag" and not differs and reader.session.target == "cpu":
         log.debug("canary of %s not needed: this is the environment it was certified in", variant)
         return CanaryResult("skipped", 0, None, None, None, "the environment is the certified one", 0.0)
     seconds = math.inf if policy == "refuse" else BUDGET_SECONDS
@@ -184,21 +186,16 @@ def _score(
     differs: str,
     budget: float,
 ) -> CanaryResult:
-    reader.logits(np.array(canary.texts[0].input_ids, np.int64))
-    started = time.monotonic()
-    rows: list[npt.NDArray[np.float32]] = []
-    for text in canary.texts:
-        rows.append(reader.logits(np.array(text.input_ids, np.int64)))
-        if time.monotonic() - started > budget:
-            break
-    seconds = time.monotonic() - started
+    fits = [i for i, text in enumerate(canary.texts) if reader.longest is None or len(text.input_ids) <= reader.longest]
+    if not fits:
+        return CanaryResult("skipped", 0, None, None, None, f"every text has more than {reader.longest} tokens", 0.0)
+    texts = [canary.texts[i] for i in fits]
+    rows, seconds = _read(texts, reader, budget)
     p = probabilities_of(np.stack(rows), activation)
-    by_text = _largest(p - _probabilities(certified.logits[: len(rows)], activation))
+    by_text = _largest(p - _probabilities([certified.logits[i] for i in fits[: len(rows)]], activation))
     moved, mean = float(by_text.max()), float(by_text.mean())
-    drift = float(
-        _largest(p - _probabilities([text.reference for text in canary.texts[: len(rows)]], activation)).max()
-    )
-    counted = f"{len(rows)} of {len(canary.texts)} texts in {seconds:.1f} s"
+    drift = float(_largest(p - _probabilities([text.reference for text in texts[: len(rows)]], activation)).max())
+    counted = f"{len(rows)} of {len(texts)} texts in {seconds:.1f} s"
     numbers = (moved, mean, drift)
     elsewhere = certified.environment.provider != reader.session.target
     if elsewhere and not drift <= certified.gate_max:
@@ -214,13 +211,31 @@ def _score(
             f"PyTorch's. What differs from there: {differs}. See every number with: samescore verify BUNDLE"
         )
         return CanaryResult("tripped", len(rows), *numbers, reason, seconds)
-    if len(rows) < min(LEAST_TEXTS, len(canary.texts)):
+    if len(rows) < min(LEAST_TEXTS, len(texts)):
         reason = (
             f"only {counted}; what differs from where it was certified: {differs}. Check with: samescore verify BUNDLE"
         )
         return CanaryResult("skipped", len(rows), *numbers, reason, seconds)
     reason = f"over {counted} probabilities moved by at most {moved:.1e}; what differs from where it was certified: {differs}"
     return CanaryResult("passed", len(rows), *numbers, reason, seconds)
+
+
+def _read(texts: Sequence[CanaryText], reader: Reader, budget: float) -> tuple[list[npt.NDArray[np.float32]], float]:
+    """Logits [labels] of each text, as scoring reads them: together in padded batches, or one by one while there is time; and
+    the seconds it took.
+    """
+    sequences = [np.array(text.input_ids, np.int64) for text in texts]
+    reader.logits(sequences[0])
+    started = time.monotonic()
+    rows: list[npt.NDArray[np.float32]] = []
+    if isinstance(reader, PaddedReader):
+        rows = reader.read(sequences)
+    else:
+        for ids in sequences:
+            rows.append(reader.logits(ids))
+            if time.monotonic() - started > budget:
+                break
+    return rows, time.monotonic() - started
 
 
 def _probabilities(logits: Sequence[Sequence[str]], activation: Activation) -> npt.NDArray[np.float64]:

@@ -82,7 +82,7 @@ def render(item: Any, contract: TextContract, *, allow_role_tokens: bool = False
         raise InputError(f"expected {_EXPECTED[contract.kind]}, got {type(item).__name__}")
     if not text.strip():
         raise InputError("the text is empty")
-    return _without_surrogates(text)
+    return without_surrogates(text)
 
 
 _EXPECTED = {
@@ -148,7 +148,7 @@ def escape_role_tokens(text: str) -> str:
     return ROLE_TOKEN.sub(lambda match: "< " + match.group()[1:], text)
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Refuse lone surrogates (JSON's "\\ud800"): no UTF-8 text holds them and tokenizers cannot read them."""
     try:
         text.encode()

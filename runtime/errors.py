@@ -7,6 +7,7 @@
     ├── BundleError               exit 3   a bundle is damaged or foreign  (ValueError)
     ├── CheckpointError           exit 3   a checkpoint cannot be read     (ValueError)
     ├── InputError                exit 3   a text cannot be scored         (ValueError)
+    ├── GenerationError           exit 3   a model's output is no number   (RuntimeError)
     ├── ProviderError             exit 4   the asked provider is not there (RuntimeError)
     └── MissingDependencyError    exit 4   an extra is not installed       (ImportError)
 
@@ -53,6 +54,10 @@ class CheckpointError(SamescoreError, ValueError):
 
 class InputError(SamescoreError, ValueError):
     """One input cannot be scored; other inputs are unaffected."""
+
+
+class GenerationError(SamescoreError, RuntimeError):
+    """A model gave logits that no token can be chosen from; other prompts are unaffected."""
 
 
 class ProviderError(SamescoreError, RuntimeError):

@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +27,18 @@ MANIFEST_LIMIT = 1_000_000
 Target = Literal["cpu", "cuda", "migraphx"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Activation = Literal["softmax", "sigmoid"]
+
+# The sampling defaults that a manifest may hold, and what each must be.
+SAMPLING: Mapping[str, tuple[str, Callable[[float], bool]]] = {
+    "do_sample": ("0 or 1", lambda value: value in (0, 1)),
+    "temperature": ("at least 0", lambda value: value >= 0),
+    "top_k": ("a whole number, at least 0", lambda value: value >= 0 and value == int(value)),
+    "top_p": ("above 0, at most 1", lambda value: 0 < value <= 1),
+    "min_p": ("from 0 to 1", lambda value: 0 <= value <= 1),
+    "repetition_penalty": ("above 0", lambda value: value > 0),
+}
+# Marks a field that older bundles lack.
+OPTIONAL = "optional"
 
 _PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -72,7 +84,7 @@ class Variant:
     """One ONNX file made by one recipe.
 
     `inputs` are the graph's inputs in order: `input_ids` int64 [batch, sequence]; where the graph can pad, `attention_mask`
-    int64 of the same shape, or for a decoder `lengths` int64 [batch], the count of real tokens (padding is on the right);
+    int64 of the same shape, or in a fused graph `lengths` int32 [batch], the count of real tokens (padding is on the right);
     where it can go on from a state, `past_*` float32 [batch, heads, tokens, head size]. The outputs are `logits` float32
     [batch, labels] and a `present_*` for each `past_*`.
     `max_tokens` is the longest text that the graph can read, None where memory alone decides.
@@ -101,12 +113,34 @@ class LabelToken:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """What a bundle that generates text knows of its model.
+
+    context: the most tokens of prompt and answer together. eos: the tokens that end an answer. bos, pad: these tokens, or
+    None. vocabulary: the size of the logits. chat_template: the bundle's file with a Jinja template that makes one text of
+    messages, or None. template_tokens: texts that the template calls by name (`bos_token`, `eos_token`, …). defaults: how
+    the checkpoint's authors sample: `do_sample` (0 or 1), `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`,
+    those that they named.
+    """
+
+    context: int
+    eos: tuple[int, ...]
+    bos: int | None
+    pad: int | None
+    vocabulary: int
+    chat_template: str | None
+    template_tokens: Mapping[str, str]
+    defaults: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole of `bundle.json`; `files` covers every other file of the bundle by its relative path.
 
-    labels: in the order of the logits. values: what each ordinal label counts as, for expected values, or None where
-    labels are only names. label_tokens: for a language model read as a classifier, the token of each label, or None
-    where the model has a trained head.
+    labels: in the order of the logits; none where text is generated. values: what each ordinal label counts as, for
+    expected values, or None where labels are only names. label_tokens: for a language model read as a classifier, the token
+    of each label, or None where the model has a trained head. generation: for a model that generates text, None for a
+    classifier; bundles that were written before there were such models lack the key.
     """
 
     schema_version: int
@@ -121,6 +155,7 @@ class Manifest:
     activation: Activation
     variants: tuple[Variant, ...]
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    generation: Generation | None = field(default=None, metadata={OPTIONAL: True})
 
     def variant(self, name: str) -> Variant:
         """The variant of that name; UsageError (naming those there are) when the bundle does not hold it."""
@@ -156,7 +191,9 @@ def parse_manifest(raw: bytes) -> Manifest:
 
 def _check(manifest: Manifest) -> None:
     """What the types cannot say: safe paths, known digests, no duplicates, nothing unlisted."""
-    if len(manifest.labels) < 1 or len(set(manifest.labels)) != len(manifest.labels):
+    if manifest.generation is not None:
+        _check_generation(manifest, manifest.generation)
+    elif len(manifest.labels) < 1 or len(set(manifest.labels)) != len(manifest.labels):
         raise BundleError(f"{MANIFEST_NAME}: labels must be distinct and at least one, got {list(manifest.labels)}")
     contract = manifest.contract
     if wrong := template_error(contract):
@@ -184,6 +221,30 @@ def _check(manifest: Manifest) -> None:
         correction = variant.recalibration
         if correction and (wrong := problem_of(correction, len(manifest.labels), manifest.activation)):
             raise BundleError(f"{MANIFEST_NAME}: the recalibration of variant {variant.name}: {wrong}")
+
+
+def _check_generation(manifest: Manifest, generation: Generation) -> None:
+    """Tokens inside the vocabulary, a template that is there, sampling defaults that mean something, and no labels."""
+    where = f"{MANIFEST_NAME}: generation"
+    if manifest.labels or manifest.label_tokens is not None or manifest.values is not None:
+        raise BundleError(f"{where}: a model that generates text has no labels, got {list(manifest.labels)}")
+    if generation.context < 1 or generation.vocabulary < 1:
+        raise BundleError(
+            f"{where}: context and vocabulary must be at least 1, got {generation.context} and {generation.vocabulary}"
+        )
+    tokens = [*generation.eos, *(token for token in (generation.bos, generation.pad) if token is not None)]
+    if wrong := [token for token in tokens if not 0 <= token < generation.vocabulary]:
+        raise BundleError(f"{where}: tokens {wrong} are outside the vocabulary of {generation.vocabulary}")
+    if not generation.eos or len(set(generation.eos)) != len(generation.eos):
+        raise BundleError(f"{where}: eos must be distinct tokens and at least one, got {list(generation.eos)}")
+    if generation.chat_template is not None and generation.chat_template not in manifest.files:
+        raise BundleError(f"{where}: chat_template names {generation.chat_template!r}, which `files` does not list")
+    for name, value in generation.defaults.items():
+        if name not in SAMPLING:
+            raise BundleError(f"{where}: unknown default {name!r}.{did_you_mean(name, SAMPLING)}")
+        wanted, holds = SAMPLING[name]
+        if not math.isfinite(value) or not holds(value):
+            raise BundleError(f"{where}: the default {name} must be {wanted}, got {value}")
 
 
 def _check_scorer(manifest: Manifest) -> None:
@@ -229,11 +290,12 @@ def parse_as(kind: type[T], value: Any, where: str) -> T:
 def _parse_dataclass(kind: type[T], value: Any, where: str) -> T:
     _expect(isinstance(value, dict), where or MANIFEST_NAME, "an object", value)
     hints = typing.get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    known = {f.name for f in fields}
     for key in value:
         if key not in known:
             raise BundleError(f"{where or MANIFEST_NAME}: unknown key {key!r}.{did_you_mean(key, known)}")
-    if missing := sorted(known - value.keys()):
+    if missing := sorted({f.name for f in fields if OPTIONAL not in f.metadata} - value.keys()):
         raise BundleError(f"{where or MANIFEST_NAME}: missing {', '.join(map(repr, missing))}")
     prefix = f"{where}." if where else ""
     return kind(**{key: parse_as(hints[key], item, f"{prefix}{key}") for key, item in value.items()})

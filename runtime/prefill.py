@@ -36,6 +36,9 @@ class Reader:
     on its own ids alone, so its logits are bit for bit the same whatever was read before or beside it. Thread-safe.
     """
 
+    # The longest text that it can read, in tokens; None where the graph sets no limit.
+    longest: int | None = None
+
     def __init__(self, session: Session, prefix: Ids | None = None):
         self.session = session
         useful = prefix is not None and session.has_state and len(prefix) >= SHORTEST_PREFIX

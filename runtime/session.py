@@ -6,16 +6,17 @@ import mmap
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from samescore.runtime.bundle import ModelBytes
 from samescore.runtime.cpu import u8s8_saturates
-from samescore.runtime.errors import BundleError, ProviderError
-from samescore.runtime.manifest import Target
-from samescore.runtime.providers import EXECUTION_PROVIDERS, import_onnxruntime
+from samescore.runtime.errors import ProviderError
+from samescore.runtime.opening import checked_placement, hand_over_weights, open_session, options_for
+from samescore.runtime.placement import Placement
+from samescore.runtime.providers import import_onnxruntime, provider_name
 
 FORGET_SECONDS = 0.02
 # What a decoder keeps of the tokens before, float32 by input name: KV caches [batch, heads, tokens, head size],
@@ -23,37 +24,64 @@ FORGET_SECONDS = 0.02
 State = Mapping[str, npt.NDArray[np.float32]]
 
 
-class Session:
-    """One graph on one provider. `run` may be called from several threads at once."""
+class StateInput(NamedTuple):
+    """A state input: its shape, None for axes that a caller chooses, and its element type."""
 
-    def __init__(self, model: ModelBytes, target: Target, *, intra_op_threads: int, low_memory: bool = False):
+    shape: tuple[int | None, ...]
+    dtype: type[np.floating[Any]]
+
+
+_ELEMENT_TYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class Session:
+    """One graph on one provider. `run` may be called from several threads at once.
+
+    target: `cpu`, `cuda`, `migraphx`, or another provider by ONNX Runtime's name. dimensions: sizes of the graph's free
+    dimensions by name (`batch`, `sequence`), which makes it static. options: the provider's own options, by ONNX Runtime's
+    names; they go over `DEFAULT_OPTIONS`. `placement` says where the nodes lie, None on `cpu` and where ONNX Runtime does
+    not tell.
+
+    Raises ProviderError where the provider cannot be had, knows an option not, or leaves operators that compute to the CPU;
+    BundleError where the graph cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: ModelBytes,
+        target: str,
+        *,
+        intra_op_threads: int,
+        low_memory: bool = False,
+        dimensions: Mapping[str, int] | None = None,
+        options: Mapping[str, str] | None = None,
+    ):
         ort = import_onnxruntime()
-        options = _session_options(ort, target, intra_op_threads, low_memory)
+        session_options = options_for(ort, target, intra_op_threads, low_memory)
+        for name, size in (dimensions or {}).items():
+            session_options.add_free_dimension_override_by_name(name, size)
         if target == "cpu" and b"MatMulIntegerToFloat" in model.graph and u8s8_saturates():
             # Weights become uint8, whose kernels are exact and slower. ONNX Runtime would do it with VNNI too, for nothing.
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        # ONNX Runtime reads the external data from these very buffers, not from the paths, and keeps using them.
-        self._buffers = model.data
-        options.add_external_initializers_from_files_in_memory(
-            list(model.data), list(model.data.values()), [len(buffer) for buffer in model.data.values()]
-        )
-        provider = EXECUTION_PROVIDERS[target]
-        try:
-            with _forgetting(() if low_memory else model.data.values()):
-                self._session = ort.InferenceSession(
-                    model.graph, options, providers=_provider_options(target), enable_fallback=0
-                )
-        except Exception as error:  # ONNX Runtime raises a dozen unrelated types here
-            raise BundleError(f"ONNX Runtime {ort.__version__} cannot load this graph on {target}: {error}") from error
-        used = self._session.get_providers()[0]
-        if used != provider:
-            raise ProviderError(
-                f"{provider} was asked for, but ONNX Runtime {ort.__version__} fell back to {used}: "
-                f"a library that {target} needs could not be loaded. Start python with ORT's log on to see which"
-            )
-        self.inputs: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
-        self.outputs: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
+            session_options.add_session_config_entry("session.x64quantprecision", "1")
+        in_memory = hand_over_weights(session_options, model, target)
+        # ONNX Runtime keeps using these buffers, or the copy that lives as long as the model's bytes.
+        self._model = model
+        with _forgetting(() if low_memory or not in_memory else model.data.values()):
+            self._session = open_session(ort, model.graph, session_options, target, options or {})
         self.target = target
+        self.placement: Placement | None = checked_placement(ort, self._session, target)
+        self.inputs: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
+        self.shapes = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
+        self.outputs: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
+        # Axes that a caller chooses (batch, cache capacity) are None.
+        self.state_inputs = {
+            v.name: StateInput(
+                tuple(size if isinstance(size, int) else None for size in v.shape),
+                _ELEMENT_TYPES.get(v.type, np.float32),
+            )
+            for v in self._session.get_inputs()
+            if v.name.startswith("past_")
+        }
         # Before the first token the axes that grow with the text are empty, and the others hold zeros.
         self._states = {
             v.name: tuple(size if isinstance(size, int) else 0 for size in v.shape[1:])
@@ -68,14 +96,23 @@ class Session:
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], state: State | None = None) -> npt.NDArray[np.float32]:
         """The `logits` output, float32 [batch, labels]; `state`: of the tokens before these."""
-        logits: npt.NDArray[np.float32] = self._session.run(["logits"], self._with_state(feeds, state))[0]
+        logits: npt.NDArray[np.float32] = self._run(["logits"], self._with_state(feeds, state))[0]
         return logits
 
     def advance(self, feeds: Mapping[str, npt.NDArray[Any]], state: State | None = None) -> State:
         """The state after these tokens."""
         names = [name.replace("past_", "present_", 1) for name in self._states]
-        states = self._session.run(names, self._with_state(feeds, state))
+        states = self._run(names, self._with_state(feeds, state))
         return dict(zip(self._states, states, strict=True))
+
+    def binding(self) -> Any:
+        """A fresh binding (onnxruntime.IOBinding) of inputs and outputs to buffers, for `run_bound`."""
+        return self._session.io_binding()
+
+    def run_bound(self, binding: Any) -> None:
+        """Run once; outputs are where the binding says."""
+        with self._telling():
+            self._session.run_with_iobinding(binding)
 
     def _with_state(self, feeds: Mapping[str, npt.NDArray[Any]], state: State | None) -> dict[str, npt.NDArray[Any]]:
         if state is None:
@@ -85,7 +122,21 @@ class Session:
 
     def run_outputs(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
         """Several named outputs (for graphs that expose more than `logits`), with no tokens before these."""
-        return list(self._session.run(list(names), self._with_state(feeds, None)))
+        return self._run(list(names), self._with_state(feeds, None))
+
+    def _run(self, names: list[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
+        with self._telling():
+            return list(self._session.run(names, feeds))
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """A GPU's failure, which may be of many types without a common base, as ProviderError."""
+        try:
+            yield
+        except Exception as error:
+            if self.target == "cpu":
+                raise
+            raise ProviderError(f"{provider_name(self.target)} failed while it ran this graph: {error}") from error
 
 
 @contextmanager
@@ -116,24 +167,3 @@ def _forgetting(buffers: Iterable[Any]) -> Iterator[None]:
         done.set()
         thread.join()
         forget()
-
-
-def _session_options(ort: Any, target: Target, intra_op_threads: int, low_memory: bool) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = intra_op_threads
-    options.inter_op_num_threads = 1
-    # Spinning pools of several sessions, or next to other work, slow each other.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Borrow the mapped weights instead of copying them (ONNX Runtime >= 1.31; older ones ignore the entry).
-    options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
-    if low_memory:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    if target == "migraphx":
-        # Folded constants would be inlined into the graph handed to MIGraphX, which caps it at 2 GiB.
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return options
-
-
-def _provider_options(target: Target) -> list[tuple[str, dict[str, str]]]:
-    return [(EXECUTION_PROVIDERS[target], {})]

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from samescore.calibrating import CalibrationResult, calibrate_bundle
     from samescore.comparing import CompareResult, compare
     from samescore.exporting import ExportResult, export_bundle
-    from samescore.runtime import Classifier, Prediction, RewardFunction, SamescoreError, load
+    from samescore.generating import GeneratorExport, export_generator
+    from samescore.runtime import Classifier, Completion, Generator, Prediction, RewardFunction, SamescoreError, load
     from samescore.verifying import VerifyResult, verify
 
 __version__ = "0.1.0"
@@ -26,7 +27,10 @@ _HOMES = {
     "CalibrationResult": "samescore.calibrating",
     "Classifier": "samescore.runtime",
     "CompareResult": "samescore.comparing",
+    "Completion": "samescore.runtime",
     "ExportResult": "samescore.exporting",
+    "Generator": "samescore.runtime",
+    "GeneratorExport": "samescore.generating",
     "Prediction": "samescore.runtime",
     "RewardFunction": "samescore.runtime",
     "SamescoreError": "samescore.runtime",
@@ -34,6 +38,7 @@ _HOMES = {
     "compare": "samescore.comparing",
     "calibrate_bundle": "samescore.calibrating",
     "export_bundle": "samescore.exporting",
+    "export_generator": "samescore.generating",
     "load": "samescore.runtime",
     "verify": "samescore.verifying",
 }
@@ -42,7 +47,10 @@ __all__ = [
     "CalibrationResult",
     "Classifier",
     "CompareResult",
+    "Completion",
     "ExportResult",
+    "Generator",
+    "GeneratorExport",
     "Prediction",
     "RewardFunction",
     "SamescoreError",
@@ -51,6 +59,7 @@ __all__ = [
     "calibrate_bundle",
     "compare",
     "export_bundle",
+    "export_generator",
     "load",
     "verify",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from samescore.calibrate.certificate import TABLE_LEGEND, Certificate, parity_table
 from samescore.calibrate.next_token import mass_warning
 from samescore.export.profiles import Profile
+from samescore.export.recipes import variant_spec
 from samescore.runtime.manifest import BaseSource, FileEntry, Manifest, Source
 
 
@@ -19,7 +20,7 @@ def model_card(
     reference, contract = certificate.reference, manifest.contract
     environment = certificate.environment
     variants = "\n".join(
-        f"| `{v.name}` | {v.target} | {v.precision} | {_megabytes(files, v.name)} | {v.recipe['linear']} linear layers, "
+        f"| `{v.name}` | {v.target} | {v.precision} | {megabytes(files, v.name)} | {v.recipe['linear']} linear layers, "
         f"{v.recipe['embedding']} embedding; smoothing {v.recipe['smoothing']}; {v.recipe['graph']} |"
         for v in manifest.variants
     )
@@ -29,11 +30,12 @@ def model_card(
         "article": "a longer article is cut at its end, the prompt around it never",
     }[contract.truncation]
     reads, example = _READS[contract.kind]
+    provider = _measured_on(manifest)
     verdict = "passed" if all(p.verdict.passed for p in certificate.variants.values()) else "FAILED"
     licence = facts.licence if facts else "see the source"
     return f"""# {manifest.profile or source.name}, a samescore bundle
 
-{manifest.architecture}, exported by samescore {manifest.samescore_version} from {_origin(source)}
+{manifest.architecture}, exported by samescore {manifest.samescore_version} from {origin_of(source)}
 (checkpoint digest `{source.sha256}`).{_on_base(source, notes)}
 
 It reads {reads}; {contract.max_tokens} tokens, {cut}. It says: {", ".join(manifest.labels)} ({manifest.activation}).
@@ -53,7 +55,7 @@ large set the first whole, the others by digest). The gate {verdict}.
 ```
 
 {TABLE_LEGEND} Every number, interval and flip is in `parity.json`. Measured with ONNX Runtime
-{environment["onnxruntime"]} on {environment["cpu"]} (CPU provider), {environment["threads"]} threads. Check it on your own
+{environment["onnxruntime"]} on {environment["cpu"]} ({provider}), {environment["threads"]} threads. Check it on your own
 box, without PyTorch: `samescore verify BUNDLE`.
 {_recalibrations(manifest, certificate)}
 ## Use
@@ -126,6 +128,13 @@ def _recalibrations(manifest: Manifest, certificate: Certificate) -> str:
     )
 
 
+def _measured_on(manifest: Manifest) -> str:
+    """The providers that the gate ran the variants on."""
+    targets = {variant.name: variant_spec(variant.name).certified_on for variant in manifest.variants}
+    elsewhere = [f"{name} on {target}" for name, target in targets.items() if target != "cpu"]
+    return "; ".join(["CPU provider"] * (len(elsewhere) < len(targets)) + elsewhere)
+
+
 def _fields(manifest: Manifest) -> str:
     """What a prediction holds beyond label, probabilities and logits."""
     if manifest.activation != "softmax":
@@ -135,7 +144,8 @@ def _fields(manifest: Manifest) -> str:
     return f"\n`.entropy` is that of the probabilities in nats (0: sure){expected}.\n"
 
 
-def _origin(source: Source | BaseSource) -> str:
+def origin_of(source: Source | BaseSource) -> str:
+    """A source in words."""
     revision = f" at commit `{source.revision}`" if source.revision else ""
     return f"{source.kind} `{source.name}`{revision}"
 
@@ -143,9 +153,10 @@ def _origin(source: Source | BaseSource) -> str:
 def _on_base(source: Source, notes: str) -> str:
     if source.base is None:
         return ""
-    return f" It is a LoRA adapter on the base\n{_origin(source.base)} (digest `{source.base.sha256}`), folded in.\n{notes}"
+    return f" It is a LoRA adapter on the base\n{origin_of(source.base)} (digest `{source.base.sha256}`), folded in.\n{notes}"
 
 
-def _megabytes(files: Mapping[str, FileEntry], variant: str) -> str:
+def megabytes(files: Mapping[str, FileEntry], variant: str) -> str:
+    """What a variant's files hold together."""
     size = sum(entry.size for name, entry in files.items() if name.startswith(f"{variant}/"))
     return f"{size / 1e6:.1f} MB"

@@ -3,7 +3,7 @@
 Results go to stdout as JSON (tables for people where a command says so), messages and progress to stderr.
 
 Exit codes: 0 done · 1 a gate failed or the canary refused · 2 wrong use · 3 bad bundle, checkpoint or input (with
-`classify`: some lines could not be scored) · 4 a provider or package is missing · 130 interrupted.
+`classify`: some lines could not be scored) · 4 a provider or package is missing or does not work · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,11 +17,39 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from samescore import __version__
-from samescore.commands import calibrate, classify, compare, export, inspect, profiles, report, verify
+from samescore.commands import (
+    audit,
+    calibrate,
+    chat,
+    classify,
+    compare,
+    doctor,
+    export,
+    generate,
+    inspect,
+    profiles,
+    report,
+    verify,
+    warmup,
+)
 from samescore.commands.output import EXIT_INPUT, EXIT_INTERRUPTED, EXIT_OK
 from samescore.runtime.errors import SamescoreError
 
-COMMANDS = (profiles, export, inspect, verify, calibrate, compare, report, classify)
+COMMANDS = (
+    profiles,
+    export,
+    inspect,
+    verify,
+    calibrate,
+    compare,
+    report,
+    classify,
+    chat,
+    generate,
+    audit,
+    warmup,
+    doctor,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Export Hugging Face classifiers to ONNX once, run them anywhere without PyTorch, "
         "and prove that the score is the same.",
         epilog="exit codes: 0 done, 1 a gate failed or the canary refused, 2 wrong use, 3 bad bundle, checkpoint or input, "
-        "4 a provider or package is missing, 130 interrupted",
+        "4 a provider or package is missing or does not work, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"samescore {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

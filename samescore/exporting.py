@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -39,11 +39,13 @@ from samescore.calibrate.shipped import GOLDEN_NAME, write_shipped
 from samescore.calibrate.stages import read_model
 from samescore.calibrate.token_faults import TokenizationEquality
 from samescore.card import model_card
+from samescore.certifiable import check_certifiable
 from samescore.export.build import architecture_of, check_buildable, check_variant
 from samescore.export.checkpoint import Checkpoint
+from samescore.export.generator import Generator
 from samescore.export.profiles import Profile, contract_for, labels_for
 from samescore.export.publish import check_target, file_entries, publish, staging_folder
-from samescore.export.recipes import VariantSpec, variant_spec
+from samescore.export.recipes import Task, VariantSpec, variant_spec
 from samescore.packaged import Limit, calibration_set, golden_set
 from samescore.runtime.canary import CANARY_NAME
 from samescore.runtime.contract import text_of_record
@@ -65,11 +67,16 @@ from samescore.sources import open_source
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Where the bundle lies, what it holds, and its evidence."""
+    """Where the bundle lies, what it holds, and its evidence.
+
+    times: of each variant whose formats were searched, what its products take over those of the plain recipe, by the table of
+    `samescore.calibrate.frontier`.
+    """
 
     path: Path
     manifest: Manifest
     certificate: Certificate
+    times: Mapping[str, float]
 
     @property
     def warning(self) -> str | None:
@@ -134,7 +141,7 @@ def export_bundle(
     opened, checkpoint, facts = open_source(
         source, profile=profile, revision=revision, adapter=adapter, label_tokens=label_tokens, progress=progress
     )
-    specs = _specs(checkpoint, variants)
+    specs = chosen_specs(checkpoint, variants)
     if recipe is not None and budget is not None:
         raise UsageError("--recipe takes formats over, --budget searches for them: name one of the two")
     if recipe is not None:
@@ -206,7 +213,7 @@ def export_bundle(
         )
         with report("writing"):
             publish(staging, target)
-    return ExportResult(target, manifest, certificate)
+    return ExportResult(target, manifest, certificate, {name: choice.time for name, (_, choice) in found.items()})
 
 
 def _measure(
@@ -223,17 +230,17 @@ def _measure(
 ) -> tuple[Certificate, Scores]:
     """Every built variant against the golden set's reference, and the logits behind the numbers.
 
-    Any box can measure a plain ONNX file on its CPU.
+    Any box can measure what the CPU provider has kernels for; the others are measured where `certified_on` says.
     """
     threads = available_threads()
     parity: dict[str, VariantParity] = {}
     diagnosis = Diagnosis(texts, labels, checkpoint.activation, checkpoint, workspace)
     scores: Scores = {} if texts.bfloat16 is None else {BFLOAT16: texts.bfloat16}
     for spec in specs:
-        open_session = SessionMaker(read_model(staging / spec.name), "cpu")
+        open_session = SessionMaker(read_model(staging / spec.name), spec.certified_on)
         title = f"measuring {spec.name} on {len(texts.texts)} golden texts"
         with (
-            store.variant_rows(open_session.model, "cpu", prefix) as rows,
+            store.variant_rows(open_session.model, open_session.target, prefix) as rows,
             resumed_step(report, title, texts.input_ids(), rows) as tick,
         ):
             certified = certify(
@@ -261,13 +268,16 @@ def compact_json(raw: bytes) -> bytes:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _specs(checkpoint: Checkpoint, names: Sequence[str]) -> list[VariantSpec]:
+def chosen_specs(checkpoint: Checkpoint, names: Sequence[str]) -> list[VariantSpec]:
+    """The variants of these names (none: the checkpoint's default); UsageError for one that it does not offer, or twice."""
     check_buildable(checkpoint)
     architecture = architecture_of(checkpoint)
-    default = architecture.variants[0] if architecture else "cpu-fp32"
-    specs = [variant_spec(name) for name in names or (default,)]
+    default = architecture.variants_of(checkpoint)[0] if architecture else "cpu-fp32"
+    task: Task = "generate" if isinstance(checkpoint, Generator) else "classify"
+    specs = [variant_spec(name, task) for name in names or (default,)]
     for spec in specs:
         check_variant(checkpoint, spec)
+    check_certifiable(specs)
     if len({spec.name for spec in specs}) != len(specs):
         raise UsageError(f"a variant is named twice: {', '.join(names)}")
     return specs
@@ -340,14 +350,27 @@ def _write(
     (staging / "tokenizer.json").write_bytes(tokenizer)
     (staging / GOLDEN_NAME).write_bytes(write_shipped(texts, manifest.contract))
     (staging / CERTIFICATE_NAME).write_bytes(certificate.to_json())
-    canary = canary_json(texts, manifest.variants, scores, activation=manifest.activation, prefix=prefix)
+    canary = canary_json(
+        texts,
+        manifest.variants,
+        scores,
+        activation=manifest.activation,
+        prefix=prefix,
+        certified_on={variant.name: variant_spec(variant.name).certified_on for variant in manifest.variants},
+    )
     (staging / CANARY_NAME).write_bytes(canary)
     (staging / SCORES_NAME).write_bytes(write_scores(scores))
+    return write_manifest(staging, manifest, checkpoint, lambda files: model_card(manifest, certificate, files, facts))
+
+
+def write_manifest(
+    staging: Path, manifest: Manifest, checkpoint: Checkpoint, card: Callable[[Mapping[str, FileEntry]], str]
+) -> Manifest:
+    """The source's card and the bundle's, then the manifest that lists every file. card: made of the other files' sizes."""
     source_card = checkpoint.folder / "README.md"
     if source_card.is_file():
         (staging / "SOURCE_CARD.md").write_bytes(source_card.read_bytes())
-    sizes: dict[str, FileEntry] = file_entries(staging)
-    (staging / "README.md").write_text(model_card(manifest, certificate, sizes, facts), encoding="utf-8")
+    (staging / "README.md").write_text(card(file_entries(staging)), encoding="utf-8")
     manifest = replace(manifest, files=file_entries(staging))
     (staging / MANIFEST_NAME).write_bytes(manifest.to_json())
     return manifest

@@ -13,10 +13,17 @@ from samescore.export.adapter import AdaptedCheckpoint
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.hub import fetch, is_hub_id
 from samescore.export.profiles import Profile, find_profile, profile_named
+from samescore.export.recipes import Task
 from samescore.packaged import PACKAGE
 from samescore.runtime.errors import UsageError
 from samescore.runtime.manifest import BaseSource, Source
-from samescore.scored import open_classifier
+from samescore.scored import open_classifier, open_generator
+
+# By the task that was asked for.
+_OTHER_TASK = {
+    "classify": "profile {0!r} generates text: export it with --task generate (in Python: export_generator)",
+    "generate": "profile {0!r} is a classifier: export it without --task generate",
+}
 
 
 def open_source(
@@ -26,12 +33,13 @@ def open_source(
     revision: str | None,
     adapter: AdapterOptions | None = None,
     label_tokens: Sequence[str] = (),
+    task: Task = "classify",
     progress: bool,
 ) -> tuple[Source, Checkpoint, Profile | None]:
     """Find the checkpoint that `source` means, fetch it if it is on the hub, and the profile whose facts apply.
 
     adapter: for an adapter, where it lies below the source and on which base. label_tokens: of a language model; the
-    profile's if none are named.
+    profile's if none are named. task: whether it is opened as the classifier that it is or makes, or as a `Generator`.
     """
     adapter = adapter or AdapterOptions()
     name = os.fspath(source)
@@ -42,16 +50,23 @@ def open_source(
         facts = facts or named
         name = named.source
         adapter = replace(adapter, subfolder=adapter.subfolder or named.adapter)
+    if facts is not None and facts.task != task:
+        raise UsageError(_OTHER_TASK[task].format(facts.name))
     tokens = tuple(label_tokens) or (facts.label_tokens if facts else ())
+
+    def opened(folder: Path) -> tuple[Checkpoint, BaseSource | None]:
+        if task == "generate":
+            return open_generator(folder, adapter, progress=progress)
+        return open_classifier(folder, adapter, tokens, progress=progress)
+
     if named is not None:
         if named.kind == "embedded":
             _no_revision(revision, "a model that ships with samescore")
-            checkpoint, _ = open_classifier(PACKAGE / "models" / name, adapter, tokens)
+            checkpoint, _ = opened(PACKAGE / "models" / name)
             return Source("embedded", name, None, checkpoint.sha256(), None, ()), checkpoint, facts
     elif Path(name).is_dir():
         _no_revision(revision, "a folder")
-        folder = Path(name) / (adapter.subfolder or "")
-        checkpoint, below = open_classifier(folder, adapter, tokens, progress=progress)
+        checkpoint, below = opened(Path(name) / (adapter.subfolder or ""))
         return (
             _source("folder", Path(name).resolve().name, None, adapter.subfolder, checkpoint, below),
             checkpoint,
@@ -62,7 +77,7 @@ def open_source(
             f"{name!r} is neither a profile (samescore profiles lists them), nor a folder, nor a hub id (owner/name)"
         )
     snapshot = fetch(name, revision, subfolder=adapter.subfolder, progress=progress)
-    checkpoint, below = open_classifier(snapshot.folder, adapter, tokens, progress=progress)
+    checkpoint, below = opened(snapshot.folder)
     return _source("hub", name, snapshot.revision, adapter.subfolder, checkpoint, below), checkpoint, facts
 
 

@@ -19,14 +19,16 @@ from samescore.calibrate.resume import Store
 from samescore.export.checkpoint import Checkpoint
 from samescore.runtime.bundle import Bundle
 from samescore.runtime.contract import text_of_record
+from samescore.runtime.doctor import computes
 from samescore.runtime.errors import ProviderError, UsageError
-from samescore.runtime.manifest import LabelToken, Manifest, Target, Variant
+from samescore.runtime.manifest import LabelToken, Manifest, Variant
 from samescore.runtime.providers import available_targets, choose
 from samescore.runtime.threads import available_threads
 from samescore.runtime.tokenizer import TextEncoder
 from samescore.same_tokens import VERIFY_TEXTS, tokenization_equality
 from samescore.scored import label_tokens_of, open_classifier
 from samescore.verified_texts import texts_to_verify
+from samescore.verifying_generation import GeneratorVerifyResult, verify_generator
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def verify(
     provider: str = "auto",
     resume: bool = False,
     progress: bool = False,
-) -> VerifyResult:
+) -> VerifyResult | GeneratorVerifyResult:
     """Hash every file, tokenize the golden texts again, and hold each variant against the reference logits.
 
     Without `reference` the logits stored in the bundle are used and no PyTorch is needed. reference: the checkpoint
@@ -71,6 +73,9 @@ def verify(
         raise UsageError(f"--base {os.fspath(base)} is what an adapter lies on: name the adapter with --reference")
     with Bundle(path) as bundle:
         manifest = bundle.manifest
+        if manifest.generation is not None:
+            runnable = _runnable(manifest, variant, provider)
+            return verify_generator(bundle, runnable, reference=reference, texts=texts, report=report)
         with report(f"hashing {len(manifest.files)} files"):
             checked = bundle.verify_files()
         encoder = TextEncoder(bundle.read("tokenizer.json"), manifest.contract)
@@ -137,18 +142,18 @@ def _tokens(tokens: Sequence[LabelToken] | None) -> str:
     return ", ".join(f"{token.text!r} = {token.id}" for token in tokens or ()) or "none"
 
 
-def _runnable(manifest: Manifest, variant: str | None, provider: str) -> list[tuple[Variant, Target]]:
+def _runnable(manifest: Manifest, variant: str | None, provider: str) -> list[tuple[Variant, str]]:
     """The asked variant, or every one: on its own target where this build has it, plain ONNX on the CPU otherwise."""
     if variant is not None or provider != "auto":
         return [choose(manifest, provider=provider, variant=variant)]
-    offered = available_targets()
-    runnable = [
+    offered = [target for target in available_targets() if target == "cpu" or computes(target)]
+    runnable: list[tuple[Variant, str]] = [
         (v, v.target if v.target in offered else "cpu") for v in manifest.variants if v.target in (*offered, "migraphx")
     ]
     if not runnable:
         # An empty certificate would read as passed.
         have = ", ".join(f"{v.name} (for {v.target})" for v in manifest.variants)
         raise ProviderError(
-            f"no variant of this bundle can run here: it holds {have}; this ONNX Runtime offers {', '.join(offered)}"
+            f"no variant of this bundle can run here: it holds {have}; this ONNX Runtime computes on {', '.join(offered)}"
         )
     return runnable

@@ -29,10 +29,14 @@ system user assistant numbers 0 1 2 3 4 5 6 7 8 9 < | > . , ! ? ' "
 
 @pytest.fixture(scope="session", autouse=True)
 def few_tokenization_texts() -> Iterator[None]:
-    """Exports in tests compare token ids on few strings: the full number takes longer than the tests."""
+    """Exports in tests compare token ids on few strings: the full number takes longer than the tests.
+
+    For the same reason they measure generation only where a test says on how many prompts.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("samescore.same_tokens.EXPORT_TEXTS", 500)
         patch.setattr("samescore.verifying.VERIFY_TEXTS", 500)
+        patch.setattr("samescore.generation_gate.PROMPTS", 0)
         yield
 
 

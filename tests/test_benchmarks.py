@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from .conftest import label_tokens, train_tokenizer
+
 pytest.importorskip("torch")
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -72,3 +74,42 @@ def test_scorer(llama_base, tmp_path):
     (saving,) = document["prefix_saves"]
     assert saving["workload"] == "article of 8" and saving["share"] < 1
     assert saving["max_logit_change"] < 1e-5
+
+
+GPU = [sys.executable, str(BENCHMARKS / "gpu.py")]
+
+
+def test_gpu_on_the_cpu(tmp_path):
+    """The whole path over tiny shapes: every model's parity, placement and times against PyTorch."""
+    train_tokenizer(tmp_path / "tokenizer")
+    labels = ",".join(label_tokens(tmp_path / "tokenizer", 3))
+    command = [*GPU, "--device", "cpu", "--tiny", "--tokenizer", str(tmp_path / "tokenizer"), "--label-tokens", labels]
+    command += ["--work", str(tmp_path / "work"), "--batches", "1,2", "--lengths", "16", "--rounds", "2"]
+    done = subprocess.run([*command, "--contenders", "torch-bf16"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert set(document["models"]) == {"realigned", "e5", "qwen-0.8b", "political-leaning"}
+    assert document["failures"] == []
+    for name, model in document["models"].items():
+        assert set(model["parity"]) == set(model["placement"]) and len(model["parity"]) >= 1
+        for variant, parity in model["parity"].items():
+            assert parity["max_dp"] <= (5e-3 if "fp16" in variant else 5e-2)
+        for placed in model["placement"].values():
+            assert set(placed["live"]) == {"CPUExecutionProvider"} and placed["same"] is None
+        rows = [row for row in document["rows"] if row["model"] == name]
+        assert {(row["contender"], row["batch"]) for row in rows} == {
+            (contender, batch) for contender in [*model["parity"], "torch-bf16"] for batch in (1, 2)
+        }
+        assert all(row["x_torch-bf16"] > 0 and len(row["times"]) == 2 for row in rows)
+
+
+def test_gpu_says_what_is_missing(tmp_path):
+    """Without a device: exit code 4 and a sentence. Where there is one, this box is no subject."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = subprocess.run([*GPU, "--work", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 4 and not done.stdout
+    assert "finds no CUDA device; --device cpu --tiny" in done.stderr
+    assert list(tmp_path.iterdir()) == []

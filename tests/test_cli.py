@@ -85,7 +85,6 @@ def test_bad_lines_are_reported_and_the_rest_is_scored(bert_bundle, tmp_path):
         (["inspect", "nowhere"], 3, "no bundle at nowhere"),
         (["verify", "nowhere"], 3, "no bundle at nowhere"),
         (["export", "refusal", "-o", "{tmp}/b", "--profile", "refusl"], 2, "Did you mean 'refusal'"),
-        (["export", "civic-aligned", "-o", "{tmp}/b"], 2, "profile 'civic-aligned' is planned"),
         (["export", "refusal-tiny", "-o", "{tmp}/b", "--label-tokens", "0,1"], 2, "is one already"),
         (["export", "{tmp}", "-o", "{tmp}/b"], 3, "holds no config.json"),
         (["export", "not-a-source", "-o", "{tmp}/b"], 2, "neither a profile"),

@@ -152,6 +152,7 @@ def test_a_budget_gives_parts_finer_formats(bert_checkpoint, bert_bundle, texts_
     parts = dict(entry.split("=") for entry in variant.recipe["parts"].split())
     assert parts and set(parts.values()) <= {"int8-row-a16", "int16-row", "float16"}
     assert all(part.startswith("bert.e") for part in parts)
+    assert 1 < result.times["cpu-int8"] < 2.6
     parity = result.certificate.variants["cpu-int8"]
     assert parity.drift.mean_abs_dp < drift["mean_abs_dp"] and set(parts) <= set(parity.sensitivity)
     assert main(["inspect", str(tmp_path / "b")]) == 0

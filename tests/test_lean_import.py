@@ -41,7 +41,8 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 def test_every_runtime_module_imports_without_the_heavy_packages() -> None:
     """As on a machine where they are not installed."""
-    modules = [f"samescore.runtime.{path.stem}" for path in sorted((ROOT / "runtime").glob("*.py"))]
+    files = sorted((ROOT / "runtime").rglob("*.py"))
+    modules = ["samescore." + ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     code = (
         f"import importlib, sys; sys.modules.update(dict.fromkeys({sorted(HEAVY)})); "
         f"[importlib.import_module(name.removesuffix('.__init__')) for name in {modules}]"

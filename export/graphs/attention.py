@@ -26,6 +26,15 @@ class Attention:
         self.width = config.heads * config.head_size
         self.kv_width = config.kv_heads * config.head_size
 
+    def scores(self, query: ir.Value, key: ir.Value) -> ir.Value:
+        """`query keyᵀ / sqrt(size)`, float32 [..., rows, tokens], of [..., rows, size] and [..., tokens, size]."""
+        g, size = self.g, self.config.head_size
+        # In float16 the product is a mean over channels, which ends 16 times later than the scaled score of 256 channels.
+        first = size if g.half else math.sqrt(size)
+        scaled = g.op("Mul", query, g.constant(1 / first, g.float_dtype))
+        scores = g.cast(g.op("MatMul", scaled, g.op("Transpose", key, perm=[0, 1, 3, 2])), np.float32)
+        return g.op("Mul", scores, g.constant(math.sqrt(size), np.float32)) if g.half else scores
+
     def angles(self, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
         """cos and sin of position × inverse frequency, float32 [..., rotated / 2]; positions float32 [...]."""
         g = self.g
@@ -48,20 +57,28 @@ class FusedAttention(Attention):
     """GroupQueryAttention, which rotates, masks, and appends to the KV cache; the last layer's one query in MatMuls.
 
     layers: those of the graph that attend. With `recipe.state` each of them takes `past_key.<i>` and `past_value.<i>`
-    float32 [batch, kv heads, past, head size], and returns them longer as `present_…`.
+    float32 [batch, kv heads, past, head size], and returns them longer as `present_…`. Where the rows continue texts, the
+    third axis is a capacity that the caller fixes, the result may be written in place, and the type is the recipe's float
+    type; max_tokens: the longest text, then.
     """
 
-    def __init__(self, g: GraphBuilder, config: DecoderConfig, rows: TokenRows, layers: Sequence[int]):
+    def __init__(
+        self, g: GraphBuilder, config: DecoderConfig, rows: TokenRows, layers: Sequence[int], max_tokens: int = 0
+    ):
         super().__init__(g, config, rows)
         self.past: ir.Value | None = None
         self.pasts: dict[int, tuple[ir.Value, ir.Value]] = {}
         if not layers:
             return
+        if rows.continued:
+            self._continue(layers, max_tokens)
+            return
         self.total = rows.sequence
         if g.recipe.state:
-            shape: list[str | int] = ["batch", config.kv_heads, "past", config.head_size]
             for index in layers:
-                key, value = (g.input(f"past_{part}.{index}", ir.DataType.FLOAT, shape) for part in ("key", "value"))
+                key, value = (
+                    g.input(f"past_{part}.{index}", self._cache, self._shape("past")) for part in ("key", "value")
+                )
                 self.pasts[index] = (key, value)
             self.past = g.op("Shape", self.pasts[layers[0]][0], start=2, end=3)
             self.total = g.op("Add", self.past, rows.sequence)
@@ -71,6 +88,26 @@ class FusedAttention(Attention):
         self.positions = self._range(self.total)
         angles = self.angles(g.op("Cast", self.positions, to=ir.DataType.FLOAT.value))
         self.cos, self.sin = (g.cast(angle, np.float16) for angle in angles)
+
+    def _continue(self, layers: Sequence[int], max_tokens: int) -> None:
+        """Caches of a fixed capacity, and the angles of every place in a text as a table: nothing here grows with it."""
+        g, lengths = self.g, self.rows.lengths
+        assert lengths is not None
+        for index in layers:
+            key, value = (g.input(f"past_{part}.{index}", self._cache, self._shape()) for part in ("key", "value"))
+            self.pasts[index] = (key, value)
+        self.seqlens = g.op("Sub", lengths, g.constant([1], np.int32))
+        self.total_int32 = g.op("ReduceMax", lengths, keepdims=0)
+        # In float32, as the reference computes them.
+        angles = np.arange(max_tokens, dtype=np.float32)[:, None] * self.config.rope
+        self.cos, self.sin = (g.float_weight(f"rope.{f.__name__}", f(angles)) for f in (np.cos, np.sin))
+
+    @property
+    def _cache(self) -> ir.DataType:
+        return ir.DataType.from_numpy(self.g.float_dtype) if self.rows.continued else ir.DataType.FLOAT
+
+    def _shape(self, tokens: str = "capacity") -> list[str | int]:
+        return ["batch", self.config.kv_heads, "capacity" if self.rows.continued else tokens, self.config.head_size]
 
     def all_tokens(self, query: ir.Value, key: ir.Value | None, value: ir.Value | None, index: int) -> ir.Value:
         """Every token's context, rows [batch * sequence, heads * head_size].
@@ -118,8 +155,7 @@ class FusedAttention(Attention):
             )
         self._present(index, key, value)
         grouped = g.op("Reshape", query, g.ints(0, config.kv_heads, repeats, size))
-        scores = g.op("MatMul", grouped, g.op("Transpose", key, perm=[0, 1, 3, 2]))
-        scores = g.op("Mul", g.cast(scores, np.float32), g.constant(1 / math.sqrt(size), np.float32))
+        scores = self.scores(grouped, key)
         seen = g.op("LessOrEqual", self.positions, g.op("Unsqueeze", self.last_position, g.ints(1)))
         scores = g.op("Where", g.op("Unsqueeze", seen, g.ints(1, 2)), scores, g.constant(HIDDEN_SCORE, np.float32))
         context = g.op("MatMul", g.cast(g.op("Softmax", scores, axis=-1), np.float16), value)
@@ -136,9 +172,8 @@ class FusedAttention(Attention):
         """The longer KV cache, where the graph keeps one."""
         if index not in self.pasts:
             return
-        shape: list[str | int] = ["batch", self.config.kv_heads, "total", self.config.head_size]
         for part, result in (("key", key), ("value", value)):
-            self.g.result(result, f"present_{part}.{index}", ir.DataType.FLOAT, shape)
+            self.g.result(result, f"present_{part}.{index}", self._cache, self._shape("total"))
 
     def _range(self, count: ir.Value) -> ir.Value:
         g = self.g
@@ -177,7 +212,7 @@ class PlainAttention(Attention):
         )
         query, key = (self._rotate(x, self.cos, self.sin) for x in (query, key))
         grouped = g.op("Reshape", query, g.ints(0, config.kv_heads, -1, size))
-        scores = self._scores(grouped, key)
+        scores = self.scores(grouped, key)
         # [batch, kv heads, repeats, sequence, sequence] + [batch, 1, 1, sequence, sequence]
         shape = g.op(
             "Concat", self.rows.batch, g.ints(config.kv_heads, repeats), self.rows.sequence, self.rows.sequence, axis=0
@@ -203,15 +238,9 @@ class PlainAttention(Attention):
         cos, sin = (g.op("Unsqueeze", angle, g.ints(1)) for angle in (cos, sin))
         query = self._rotate(g.op("Reshape", query, g.ints(0, config.heads, 1, size)), cos, sin)
         grouped = g.op("Reshape", query, g.ints(0, config.kv_heads, repeats, size))
-        scores = g.op("Add", self._scores(grouped, key), self.last_bias)
+        scores = g.op("Add", self.scores(grouped, key), self.last_bias)
         context = g.op("MatMul", g.cast(g.op("Softmax", scores, axis=-1), np.float16), value)
         return g.op("Reshape", context, g.ints(-1, self.width))
-
-    def _scores(self, query: ir.Value, key: ir.Value) -> ir.Value:
-        """Scaled scores, float32 [batch, kv heads, rows, sequence]."""
-        g = self.g
-        scaled = g.op("Mul", query, g.constant(1 / math.sqrt(self.config.head_size), g.float_dtype))
-        return g.cast(g.op("MatMul", scaled, g.op("Transpose", key, perm=[0, 1, 3, 2])), np.float32)
 
     def _bias(self, visible: ir.Value) -> ir.Value:
         g = self.g

@@ -5,7 +5,8 @@
         → first token → pooler (tanh) → classifier → logits
 
 Only the first token is read at the end, so in the last layer everything after its keys and values is computed for that
-token alone. Rows are kept flat [batch * sequence, hidden]; only attention sees the batch.
+token alone. Rows are kept flat [batch * sequence, hidden]; only attention sees the batch. The residual stream and the norms
+are float32 in every recipe.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import onnx_ir as ir
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.graphs.blocks import GraphBuilder, embedding, layer_norm
 from samescore.export.graphs.formats import make_linears
+from samescore.export.graphs.headroom import divisors, reach_after_norm
 from samescore.export.graphs.linears import Linears
 from samescore.export.intermediate import hidden_name, mixed_name
 from samescore.export.quantize import ChannelStatistics, Rescaling
@@ -32,9 +34,11 @@ from samescore.runtime.errors import CheckpointError
 FloatArray = npt.NDArray[np.float32]
 
 ARCHITECTURE = "BertForSequenceClassification"
-VARIANTS = ("cpu-int8", "cpu-fp32", "cpu-int4", "migraphx-fp16", "migraphx-int8")
+VARIANTS = ("cpu-int8", "cpu-fp32", "cpu-int4", "cuda-fp16", "cuda-int8", "migraphx-fp16", "migraphx-int8")
 # ONNX Gelu's `approximate` for each activation that transformers calls a GELU.
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# Heads whose size this divides, up to the largest, have a memory-efficient attention kernel on CUDA.
+EFFICIENT_HEAD_STEP, EFFICIENT_HEAD_MAXIMUM = 8, 1024
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,9 @@ def build(
 ) -> ir.Model:
     """The classifier's graph in one recipe.
 
-    Inputs: `input_ids` int64 [batch, sequence]; plain recipes add `attention_mask` int64 of the same shape (right
-    padding), fused ones expect texts of equal length without padding. Output: `logits` float32 [batch, labels].
+    Inputs: `input_ids` int64 [batch, sequence]; plain recipes add `attention_mask` int64 of the same shape, fused ones
+    with `recipe.padding` add `lengths` int32 [batch] (real tokens of each row, at least 1); padding is on the right. The
+    other fused ones expect texts of equal length without padding. Output: `logits` float32 [batch, labels].
     statistics: by linear layer, of its input channels on calibration texts (int8 recipes).
     taps: also output these statistics, under `tap_name`. stage: only these layers; a stage that is not the first takes
     `hidden` float32 [batch, sequence, hidden] in place of the ids, one that is not the last returns `hidden_after`.
@@ -129,14 +134,14 @@ class _Bert:
         else:
             self.source = g.input("hidden", ir.DataType.FLOAT, [*shape, config.hidden])
         self.mask_bias = None if g.recipe.contrib else self._mask_bias()
+        self.lengths = g.input("lengths", ir.DataType.INT32, ["batch"]) if g.recipe.padding else None
+        self._key_masks: dict[bool, ir.Value | None] = {}
 
     def build(self) -> None:
         """Emit every node."""
         g, config = self.g, self.config
         first = self.stage.start == 0
         x = self._embeddings() if first else g.op("Reshape", self.source, g.ints(-1, config.hidden))
-        if not first and g.recipe.half:
-            x = g.cast(x, np.float16)
         x.name = hidden_name(self.stage.start)
         for index in self.stage:
             x = self._layer(x, index, last=index == config.layers - 1)
@@ -144,7 +149,7 @@ class _Bert:
         if self.stage.stop == config.layers:
             self._head(x)
             return
-        hidden = self._unflatten(g.cast(x, np.float32), 1)
+        hidden = self._unflatten(x, 1)
         g.output(hidden, "hidden_after", ir.DataType.FLOAT, ["batch", "sequence", config.hidden])
 
     def _embeddings(self) -> ir.Value:
@@ -159,22 +164,46 @@ class _Bert:
         length = g.op("Shape", self.source, start=1, end=2)
         x = g.op("Add", x, g.op("Slice", positions, g.ints(0), length, g.ints(0)))
         rows = g.op("Reshape", x, g.ints(-1, self.config.hidden))
-        return self._norm(rows, f"{prefix}.LayerNorm", wide=True)
+        return self._norm(rows, f"{prefix}.LayerNorm")
 
     def _layer(self, x: ir.Value, index: int, *, last: bool) -> ir.Value:
-        """One encoder layer on rows [rows, hidden]; in the last one, first-token rows [batch, hidden] come out."""
+        """One encoder layer on float32 rows [rows, hidden]; in the last one, first-token rows [batch, hidden] come out."""
         g, prefix = self.g, f"bert.encoder.layer.{index}"
         attention = f"{prefix}.attention"
         out_weight = self._matrix(f"{attention}.output.dense.weight")
         rescaled = self.linears.rescaling(f"{attention}.output.dense", out_weight)
         context, x = self._attention(x, f"{attention}.self", rescaled, last=last)
-        y = self._linear(context, f"{attention}.output.dense", out_weight, rescaled=rescaled)
-        x = self._norm(g.op("Add", y, x), f"{attention}.output.LayerNorm")
+        reach = self._reach(self._norm_before(index), f"{attention}.self.value")
+        x = self._add_linear(x, context, f"{attention}.output", reach, rescaled=rescaled)
         x.name = mixed_name(index)
-        inner = self._linear(x, f"{prefix}.intermediate.dense")
+        inner = self._linear(g.cast(x, np.float16), f"{prefix}.intermediate.dense")
         inner = self._gelu(inner)
-        y = self._linear(inner, f"{prefix}.output.dense", after_gelu=True)
-        return self._norm(g.op("Add", y, x), f"{prefix}.output.LayerNorm")
+        reach = self._reach(f"{attention}.output.LayerNorm", f"{prefix}.intermediate.dense")
+        return self._add_linear(x, inner, f"{prefix}.output", reach, after_gelu=True)
+
+    def _add_linear(self, x: ir.Value, y: ir.Value, name: str, reach: FloatArray, **options: Any) -> ir.Value:
+        """LayerNorm of `x` plus a linear layer's rows of `y`; in half precision with room for its result.
+
+        reach: the largest |y| [K] for any text. The sum is float32: either of the two may be large.
+        """
+        g = self.g
+        weight, bias = self._matrix(f"{name}.dense.weight"), self._tensor(f"{name}.dense.bias")
+        factors = divisors(weight, reach) if g.half else np.ones(len(bias), np.float32)
+        rows = g.cast(self.linears(y, f"{name}.dense", weight / factors, bias / factors, **options), np.float32)
+        if (factors != 1).any():
+            rows = g.op("Mul", rows, g.constant(factors, np.float32))
+        return self._norm(g.op("Add", rows, x), f"{name}.LayerNorm")
+
+    def _norm_before(self, index: int) -> str:
+        """The norm whose rows a layer reads."""
+        return f"bert.encoder.layer.{index - 1}.output.LayerNorm" if index else "bert.embeddings.LayerNorm"
+
+    def _reach(self, norm: str, linear: str) -> FloatArray:
+        """The largest |linear(norm(x))| [N] for any text; a GELU enlarges nothing."""
+        weight, bias = self._matrix(f"{linear}.weight"), self._tensor(f"{linear}.bias")
+        offset = np.abs(self._tensor(f"{norm}.bias") @ weight + bias)
+        reach: FloatArray = reach_after_norm(self._tensor(f"{norm}.weight"), weight) + offset
+        return reach
 
     def _attention(
         self, x: ir.Value, prefix: str, rescaled: Rescaling | None, *, last: bool
@@ -190,9 +219,12 @@ class _Bert:
             weights["value"] = weights["value"] / rescaled.scale
             biases["value"] = (biases["value"] - rescaled.shift) / rescaled.scale
 
+        halved = self.g.cast(x, np.float16)
+
         def project(rows: ir.Value, *parts: str) -> list[ir.Value]:
             weight = np.concatenate([weights[part] for part in parts], axis=1)
             bias = np.concatenate([biases[part] for part in parts])
+            rows = halved if rows is x else self.g.cast(rows, np.float16)
             packed = self._unflatten(self.linears(rows, f"{prefix}.{'_'.join(parts)}", weight, bias), len(parts))
             if len(parts) == 1:
                 return [packed]
@@ -200,18 +232,24 @@ class _Bert:
 
         if not last:
             query, key, value = project(x, "query", "key", "value")
-            return self._attend(query, key, value), x
+            return self._attend(query, key, value, x), x
         key, value = project(x, "key", "value")
         first = self._first_rows(x)
         (query,) = project(first, "query")
         # `query` came out as [batch, 1, hidden]: _unflatten divides the rows evenly over the batch.
-        return self._attend(query, key, value), first
+        return self._attend(query, key, value, x, one_query=True), first
 
-    def _attend(self, query: ir.Value, key: ir.Value, value: ir.Value) -> ir.Value:
-        """Multi-head attention of [batch, q, hidden] on [batch, k, hidden]; rows [batch * q, hidden]."""
+    def _attend(
+        self, query: ir.Value, key: ir.Value, value: ir.Value, rows: ir.Value, *, one_query: bool = False
+    ) -> ir.Value:
+        """Multi-head attention of [batch, q, hidden] on [batch, k, hidden]; rows [batch * q, hidden].
+
+        rows, one_query: see `_key_mask`.
+        """
         g, heads = self.g, self.config.heads
         if self.mask_bias is None:
-            context = g.contrib("MultiHeadAttention", query, key, value, num_heads=heads)
+            mask = self._key_mask(rows, one_query=one_query)
+            context = g.contrib("MultiHeadAttention", query, key, value, None, mask, num_heads=heads)
         else:
             context = self._attend_plain(query, key, value)
         return g.op("Reshape", context, g.ints(-1, self.config.hidden))
@@ -233,7 +271,7 @@ class _Bert:
     def _head(self, first: ir.Value) -> None:
         """Pooler and classifier, always in float32."""
         g = self.g
-        pooled = self._gemm(g.cast(first, np.float32), "bert.pooler.dense")
+        pooled = self._gemm(first, "bert.pooler.dense")
         logits = self._gemm(g.op("Tanh", pooled), "classifier")
         g.output(logits, "logits", ir.DataType.FLOAT, ["batch", self.config.labels])
 
@@ -245,6 +283,38 @@ class _Bert:
         lowest = float(np.finfo(np.float32).min)
         bias = g.op("Where", real, g.constant(0.0, np.float32), g.constant(lowest, np.float32))
         return g.op("Unsqueeze", bias, g.ints(1, 2))
+
+    def _key_mask(self, rows: ir.Value, *, one_query: bool) -> ir.Value | None:
+        """MultiHeadAttention's mask of padded keys, None where texts are never padded.
+
+        rows: of all tokens [batch * sequence, …]. one_query: of each text, not all.
+
+        Of the forms that the operator takes, only lengths with offsets, int32 [3 * batch + 2], reach CUDA's memory-efficient
+        kernel, which keeps scores and softmax in float32 and never stores the whole matrix of scores: real keys of each
+        text, then where each text's queries begin and the last ones end, then the same of the keys. The kernels for other
+        head sizes would misread the offsets; they get the lengths alone.
+        """
+        if self.lengths is None:
+            return None
+        size = self.config.hidden // self.config.heads
+        if size % EFFICIENT_HEAD_STEP or size > EFFICIENT_HEAD_MAXIMUM:
+            return self.lengths
+        if one_query not in self._key_masks:
+            g = self.g
+            batch, sequence, tokens = (
+                g.op("Cast", g.op("Shape", x, start=axis, end=axis + 1), to=ir.DataType.INT32.value)
+                for x, axis in ((self.source, 0), (self.source, 1), (rows, 0))
+            )
+            zero, one = g.constant(0, np.int32), g.constant([1], np.int32)
+
+            def starts(total: ir.Value, step: ir.Value) -> ir.Value:
+                """0, step, 2 step, …, total."""
+                limit = g.op("Add", total, one)
+                return g.op("Range", zero, *(g.op("Squeeze", x, g.ints(0)) for x in (limit, step)))
+
+            queries, keys = starts(batch, one) if one_query else None, starts(tokens, sequence)
+            self._key_masks[one_query] = g.op("Concat", self.lengths, queries or keys, keys, axis=0)
+        return self._key_masks[one_query]
 
     def _gelu(self, x: ir.Value) -> ir.Value:
         return self.g.op("Gelu", x, approximate=self.config.activation)
@@ -261,10 +331,10 @@ class _Bert:
         shape = g.op("Concat", batch, g.ints(-1, width * self.config.hidden), axis=0)
         return g.op("Reshape", rows, shape)
 
-    def _norm(self, x: ir.Value, name: str, *, wide: bool = False) -> ir.Value:
-        """LayerNorm of rows in the recipe's float type, or of float32 ones (`wide`)."""
+    def _norm(self, x: ir.Value, name: str) -> ir.Value:
+        """LayerNorm of float32 rows."""
         weight, bias = self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias")
-        return layer_norm(self.g, x if wide else self.g.cast(x, np.float32), name, weight, bias, self.config.eps)
+        return layer_norm(self.g, x, name, weight, bias, self.config.eps)
 
     def _linear(
         self,

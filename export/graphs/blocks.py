@@ -76,7 +76,7 @@ class GraphBuilder:
         key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
-            self._constants[key] = self._initializer(ir.Tensor(array, name=name), name)
+            self._constants[key] = self.initializer(ir.Tensor(array, name=name), name)
         return self._constants[key]
 
     def ints(self, *values: int) -> ir.Value:
@@ -85,7 +85,7 @@ class GraphBuilder:
 
     def weight(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
         """An array stored in the external data file."""
-        return self._initializer(self.weights.add(name, array), name)
+        return self.initializer(self.weights.add(name, array), name)
 
     def float_weight(self, name: str, array: FloatArray) -> ir.Value:
         """An array stored in the recipe's float type."""
@@ -118,7 +118,8 @@ class GraphBuilder:
         )
         return ir.Model(graph, ir_version=self.recipe.ir_version, producer_name="samescore")
 
-    def _initializer(self, tensor: ir.ExternalTensor | ir.Tensor[Any], name: str) -> ir.Value:
+    def initializer(self, tensor: ir.ExternalTensor | ir.Tensor[Any], name: str) -> ir.Value:
+        """A stored tensor as a value of the graph."""
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
         self.initializers.append(value)
         return value
@@ -131,7 +132,7 @@ def embedding(g: GraphBuilder, name: str, chunks: Callable[[], Any], shape: tupl
         return _int8_embedding(g, name, chunks, shape, ids)
     half = number_format != "float32"
     tensor = g.weights.add_chunks(name, chunks(), shape, np.float16 if half else np.float32)
-    rows = g.op("Gather", g._initializer(tensor, name), ids)
+    rows = g.op("Gather", g.initializer(tensor, name), ids)
     return g.op("Cast", rows, to=ir.DataType.FLOAT.value) if half else rows
 
 
@@ -147,15 +148,15 @@ def _int8_embedding(
             yield rows
 
     tensor = g.weights.add_chunks(name, quantized(), shape, np.int8)
-    table = g._initializer(tensor, name)
+    table = g.initializer(tensor, name)
     scale = g.weight(f"{name}.scale", np.concatenate(scales))
     rows = g.op("Cast", g.op("Gather", table, ids), to=ir.DataType.FLOAT.value)
     return g.op("Mul", rows, g.op("Gather", scale, ids))
 
 
 def layer_norm(g: GraphBuilder, x: ir.Value, name: str, weight: FloatArray, bias: FloatArray, eps: float) -> ir.Value:
-    """LayerNormalization of float32 rows over the last axis; the result is in the recipe's float type."""
-    y = g.op(
+    """LayerNormalization of float32 rows over the last axis, float32."""
+    return g.op(
         "LayerNormalization",
         x,
         g.weight(f"{name}.weight", weight),
@@ -163,7 +164,6 @@ def layer_norm(g: GraphBuilder, x: ir.Value, name: str, weight: FloatArray, bias
         axis=-1,
         epsilon=eps,
     )
-    return g.cast(y, np.float16)
 
 
 def rms_norm(g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:

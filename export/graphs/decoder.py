@@ -1,6 +1,9 @@
-"""What decoder-only classifiers share: embedding, residual stream, feed-forward, last real token, head.
+"""What decoder-only models share: embedding, residual stream, feed-forward, last real token, head.
 
     ids → embedding → layers × (norm → token mixer → add → norm → SwiGLU → add) → last real token → norm → score → logits
+
+A language model that generates has another head (all rows of its vocabulary, see `vocabulary`), and with states it takes
+the next tokens of texts in place of whole, padded ones: the last token of each call is then the last real one.
 
 An architecture's file adds the token mixer. Only the last real token is read at the end, so in the last layer everything
 after what the mixer keeps of all tokens is computed for that token alone; its place comes from `lengths` (or the mask),
@@ -19,10 +22,14 @@ import numpy as np
 import onnx_ir as ir
 
 from samescore.export.checkpoint import Checkpoint, FloatArray
+from samescore.export.generator import Generator
 from samescore.export.graphs.blocks import GraphBuilder, add_rms_norm, embedding, rms_norm
+from samescore.export.graphs.headroom import divisors, gated_with_room, reach_after_norm
 from samescore.export.graphs.linears import GatedWeights, Linears
 from samescore.export.graphs.rope import inverse_frequencies
+from samescore.export.graphs.vocabulary import VocabularyTable
 from samescore.export.intermediate import hidden_name, mixed_name
+from samescore.export.language_model import EMBEDDING
 from samescore.export.quantize import Rescaling
 from samescore.runtime.errors import CheckpointError
 
@@ -34,7 +41,8 @@ HEAD_SIZE_STEP = 16
 class DecoderConfig:
     """The facts of `config.json` that every decoder's graph needs.
 
-    rope: inverse frequencies float32 [rotated channels / 2]; the channels of a head behind those are not rotated.
+    rope: inverse frequencies float32 [rotated channels / 2]; the channels of a head behind those are not rotated. head: the
+    tensor that gives every token of the vocabulary a logit, or None for a classifier with `labels`.
     """
 
     hidden: int
@@ -46,6 +54,7 @@ class DecoderConfig:
     eps: float
     rope: FloatArray
     labels: int
+    head: str | None
 
     @property
     def rotated(self) -> int:
@@ -84,6 +93,7 @@ def decoder_facts(checkpoint: Checkpoint, graph: str, *, rotary_factor: float = 
         "eps": float(config.get("rms_norm_eps", 1e-6)),
         "rope": inverse_frequencies(checkpoint, graph, rotated),
         "labels": len(checkpoint.labels),
+        "head": checkpoint.head if isinstance(checkpoint, Generator) else None,
     }
 
 
@@ -102,16 +112,20 @@ class TokenRows:
     """The texts of a graph as flat rows: their batch and sequence, and which row is each text's last real token.
 
     Fused recipes take `lengths` int32 [batch], plain ones `attention_mask` int64 [batch, sequence]; both pad on the right.
+    Those that continue texts take `total_lengths` int32 [batch], with the tokens before these, and no padding: `last` is
+    then the place in the text, and the last row is the last token's.
     """
 
-    def __init__(self, g: GraphBuilder, source: ir.Value):
-        """source: [batch, sequence, …]."""
+    def __init__(self, g: GraphBuilder, source: ir.Value, *, continued: bool = False):
+        """source: [batch, sequence, …]. continued: whether these are the next tokens of texts."""
         self.g = g
+        self.continued = continued
         self.batch = g.op("Shape", source, start=0, end=1)
         self.sequence = g.op("Shape", source, start=1, end=2)
         self.mask: ir.Value | None = None
+        self.lengths: ir.Value | None = None
         if g.recipe.contrib:
-            lengths = g.input("lengths", ir.DataType.INT32, ["batch"])
+            self.lengths = lengths = g.input("total_lengths" if continued else "lengths", ir.DataType.INT32, ["batch"])
             self.last = g.op("Cast", g.op("Sub", lengths, g.constant([1], np.int32)), to=ir.DataType.INT64.value)
         else:
             self.mask = g.input("attention_mask", ir.DataType.INT64, ["batch", "sequence"])
@@ -126,6 +140,8 @@ class TokenRows:
 
     def last_of(self, rows: ir.Value, width: int) -> ir.Value:
         """The last real token's row of each text, [batch, width]."""
+        if self.continued:
+            return self.g.op("Gather", self.unflatten(rows, width), self.g.constant(-1, np.int64), axis=1)
         places = self.g.op("Unsqueeze", self.last, self.g.ints(1))
         return self.g.op("GatherND", self.unflatten(rows, width), places, batch_dims=1)
 
@@ -140,12 +156,26 @@ class Decoder(ABC, Generic[C]):
     norm_offset: ClassVar[float] = 0.0
     rows: TokenRows
 
-    def __init__(self, g: GraphBuilder, checkpoint: Checkpoint, config: C, linears: Linears, stage: range):
+    def __init__(
+        self,
+        g: GraphBuilder,
+        checkpoint: Checkpoint,
+        config: C,
+        linears: Linears,
+        stage: range,
+        *,
+        max_tokens: int | None = None,
+    ):
+        """max_tokens: the longest text, where the graph must know it (default: what the checkpoint allows)."""
+        self.max_tokens = max_tokens or checkpoint.max_tokens
         self.g = g
         self.checkpoint = checkpoint
         self.config = config
         self.linears = linears
         self.stage = stage
+        # Whether the graph takes the next tokens of texts, whose states come back in place.
+        self.continued = config.head is not None and g.recipe.state
+        self._tables: dict[str, VocabularyTable] = {}
 
     @abstractmethod
     def prepare(self) -> None:
@@ -164,12 +194,10 @@ class Decoder(ABC, Generic[C]):
         shape = ["batch", "sequence"]
         if self.stage.start == 0:
             source = g.input("input_ids", ir.DataType.INT64, shape)
-            name = "model.embed_tokens.weight"
-            table = (config.vocabulary, config.hidden)
-            x = embedding(g, name, lambda: self.checkpoint.row_chunks(name), table, source)
+            x = self._embed(source)
         else:
             source = x = g.input("hidden", ir.DataType.FLOAT, [*shape, config.hidden])
-        self.rows = TokenRows(g, source)
+        self.rows = TokenRows(g, source, continued=self.continued)
         self.prepare()
         x = g.op("Reshape", x, g.ints(-1, config.hidden))
         # What the block before has computed is added to the residual stream by the next norm.
@@ -186,23 +214,74 @@ class Decoder(ABC, Generic[C]):
             return
         normed, x = self.norm(x, pending, "model.norm", None)
         x.name = hidden_name(config.layers)
+        if config.head is not None:
+            logits = self._table(config.head).logits(normed)
+            g.output(logits, "logits", ir.DataType.FLOAT, ["batch", config.vocabulary])
+            return
         score = g.weight("score.weight", self.matrix("score.weight"))
         g.output(g.op("MatMul", normed, score), "logits", ir.DataType.FLOAT, ["batch", config.labels])
+
+    def _embed(self, ids: ir.Value) -> ir.Value:
+        """The tokens' rows of the embedding, float32 [batch, sequence, hidden]."""
+        if self.config.head is not None:
+            return self._table(EMBEDDING).rows(ids)
+        shape = (self.config.vocabulary, self.config.hidden)
+        return embedding(self.g, EMBEDDING, lambda: self.checkpoint.row_chunks(EMBEDDING), shape, ids)
+
+    def _table(self, name: str) -> VocabularyTable:
+        """The embedding or the head; the same one where they are tied."""
+        if name not in self._tables:
+            shape = (self.config.vocabulary, self.config.hidden)
+            self._tables[name] = VocabularyTable(self.g, name, self.checkpoint.row_chunks(name), shape)
+        return self._tables[name]
 
     def is_last(self, index: int) -> bool:
         """Whether only the last real token is needed behind this layer's mixer."""
         return index == self.config.layers - 1
+
+    def asks_last(self, index: int) -> bool:
+        """Whether this layer's attention has one query, the last real token's.
+
+        Where texts are continued in place, the one operator that keeps their cache asks for all tokens.
+        """
+        return self.is_last(index) and not self.continued
 
     def norm(
         self, x: ir.Value, addend: ir.Value | None, name: str, rescaled: Rescaling | None
     ) -> tuple[ir.Value, ir.Value]:
         """RMS norm of `x + addend`, smoothed for the linear layers that read it; and the sum. Both float32."""
         g = self.g
-        weight = self.tensor(f"{name}.weight") + np.float32(self.norm_offset)
+        weight = self.norm_weight(name)
         stored = g.weight(f"{name}.weight", weight if rescaled is None else weight / rescaled.scale)
         if addend is None:
             return rms_norm(g, x, stored, self.config.eps), x
         return add_rms_norm(g, x, addend, stored, self.config.eps)
+
+    def norm_weight(self, name: str) -> FloatArray:
+        """What a norm over the hidden states multiplies by, [hidden]."""
+        return self.tensor(f"{name}.weight") + np.float32(self.norm_offset)
+
+    def output_with_room(self, weight: FloatArray, reach: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """A matrix [K, hidden] that writes to the residual stream with room for its result, and what `widened` takes.
+
+        reach: the largest |input| [K] for any text. Nothing changes in float32 recipes.
+        """
+        if not self.g.half:
+            return weight, np.ones(weight.shape[1], np.float32)
+        factors = divisors(weight, reach)
+        return weight / factors, factors
+
+    def widened(self, y: ir.Value, factors: FloatArray) -> ir.Value:
+        """Rows in float32, times the powers of two [hidden] that their matrix was divided by."""
+        g = self.g
+        y = g.cast(y, np.float32)
+        return y if (factors == 1).all() else g.op("Mul", y, g.constant(factors, np.float32))
+
+    def values_reach(self, norm: str, value: FloatArray) -> FloatArray:
+        """The largest |context| of attention for any text, [heads * head_size]: means of value rows reach no further."""
+        config = self.config
+        reach = reach_after_norm(self.norm_weight(norm), value).reshape(config.kv_heads, 1, config.head_size)
+        return np.repeat(reach, config.heads // config.kv_heads, axis=1).reshape(-1)
 
     def tensor(self, name: str) -> FloatArray:
         """A tensor of the checkpoint, float32."""
@@ -219,5 +298,8 @@ class Decoder(ABC, Generic[C]):
         both = np.concatenate([weights.gate, weights.up], axis=1)
         rescaled = self.linears.rescaling(f"{prefix}.mlp.gate_up", both, centred=False)
         normed, x = self.norm(x, pending, f"{prefix}.post_attention_layernorm", rescaled)
+        factors = np.ones(self.config.hidden, np.float32)
+        if g.half:
+            weights, factors = gated_with_room(self.norm_weight(f"{prefix}.post_attention_layernorm"), weights)
         y = self.linears.gated(g.cast(normed, np.float16), f"{prefix}.mlp", weights, rescaled)
-        return g.cast(y, np.float32), x
+        return self.widened(y, factors), x

@@ -1,14 +1,21 @@
-"""Convolution, gates and delta rule of Qwen3.5's linear attention: fused, and from plain operators. float32 in both."""
+"""Convolution, gates and delta rule of Qwen3.5's linear attention: fused, fused for CUDA alone, and from plain operators.
+
+float32, except that CUDA's chunked kernels read float16 queries, keys and values.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from samescore.export.graphs.blocks import CONTRIB, GraphBuilder
 from samescore.export.graphs.delta_rule import chunk_plan, plain_delta_rule, softplus
+
+# The only heads that GatedDeltaNet's chunked kernels are compiled for; others fall back to a recurrence, in silence.
+CHUNKED_HEAD_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,45 @@ class FusedDeltaNet:
         if past is not None:
             g.result(present, f"present_recurrent.{index}", ir.DataType.FLOAT, self.recurrent_shape)
         return context
+
+
+class ChunkedDeltaNet(FusedDeltaNet):
+    """The delta rule as GatedDeltaNet, which reads texts in chunks on tensor cores where LinearAttention goes token by token.
+
+    Its chunked kernels take float16 queries, keys and values of heads of CHUNKED_HEAD_SIZE; decay, beta and the state that
+    they carry are float32. There is no CPU kernel: what is known of the operator here is its schema (ONNX Runtime 1.31.1).
+    batch: int64 [1]. No states.
+    """
+
+    def __init__(self, g: GraphBuilder, heads: DeltaHeads, batch: ir.Value):
+        super().__init__(g, heads, ())
+        # Explicit batch and sequence axes tell the kernel the batch; the schema asks for a state all the same.
+        shape = g.ints(heads.value_heads, heads.value_size, heads.key_size)
+        zero = ir.Tensor(np.zeros(1, np.float32), name="zero")
+        self.initial_state = g.op("ConstantOfShape", g.op("Concat", batch, shape, axis=0), value=zero)
+
+    def rule(
+        self, query: ir.Value, key: ir.Value, value: ir.Value, decay: ir.Value, beta: ir.Value, index: int
+    ) -> ir.Value:
+        """See FusedDeltaNet; float32 all the same."""
+        g, heads = self.g, self.heads
+
+        def by_head(x: ir.Value, count: int, size: int) -> ir.Value:
+            return g.cast(g.op("Reshape", x, g.ints(0, 0, count, size)), np.float16)
+
+        context = g.contrib(
+            "GatedDeltaNet",
+            by_head(query, heads.key_heads, heads.key_size),
+            by_head(key, heads.key_heads, heads.key_size),
+            by_head(value, heads.value_heads, heads.value_size),
+            None,
+            decay,
+            beta,
+            self.initial_state,
+            update_rule="gated_delta",
+            scale=1.0,
+        )
+        return g.op("Reshape", g.cast(context, np.float32), g.ints(0, 0, heads.value_width))
 
 
 class PlainDeltaNet:

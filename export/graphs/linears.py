@@ -23,6 +23,8 @@ from samescore.export.recipes import INPUT, TAPS, tap_name
 
 # AWQ's alpha: weights of channels with large activations are scaled up before they are rounded.
 ALPHA_WEIGHTS = 0.4
+# Where the operator rounds activations to int8 blocks too, part of their difficulty goes to the weights (SmoothQuant's alpha).
+ALPHA_BLOCKS = 0.7
 
 
 class GatedWeights(NamedTuple):
@@ -144,6 +146,7 @@ class WeightOnlyLinears(FloatLinears):
     def __init__(self, g: GraphBuilder, statistics: Mapping[str, ChannelStatistics] | None):
         super().__init__(g)
         self.statistics = statistics
+        self.alpha = ALPHA_WEIGHTS
 
     def rescaling(
         self, site: str, weight: FloatArray, *, centred: bool = True, tied: tuple[int, int] | None = None
@@ -151,7 +154,7 @@ class WeightOnlyLinears(FloatLinears):
         """Scales alone; None where they could not be folded, or without calibration."""
         if centred or self.statistics is None or not self.g.recipe.smoothing:
             return None
-        return smoothing(self.statistics[site].uncentred(), weight, ALPHA_WEIGHTS, tied)
+        return smoothing(self.statistics[site].uncentred(), weight, self.alpha, tied)
 
 
 class WeightOnlyInt8Linears(WeightOnlyLinears):
@@ -166,10 +169,14 @@ class WeightOnlyInt8Linears(WeightOnlyLinears):
 
 
 class Blocks8Linears(WeightOnlyLinears):
-    """8-bit weights in blocks of inputs (MatMulNBits); on a CPU the operator also rounds activations to int8 blocks."""
+    """8-bit weights in blocks of inputs (MatMulNBits); in float32 files the operator also rounds activations to int8 blocks."""
+
+    def __init__(self, g: GraphBuilder, statistics: Mapping[str, ChannelStatistics] | None):
+        super().__init__(g, statistics)
+        self.alpha = ALPHA_WEIGHTS if g.half else ALPHA_BLOCKS
 
     def _multiply(self, x: ir.Value, name: str, weight: FloatArray, gram: FloatArray | None) -> ir.Value:
-        return _matmul_nbits(self.g, x, name, weight, 8, *quantize_blocks8(weight), None)
+        return _matmul_nbits(self.g, x, name, weight, 8, *quantize_blocks8(weight, self.g.recipe.block), None)
 
 
 class Blocks4Linears(WeightOnlyLinears):
@@ -210,8 +217,9 @@ def _matmul_nbits(
         N=weight.shape[1],
         bits=bits,
         block_size=packed.shape[2] * 8 // bits,
-        # Activations as int8: without it the CPU kernels unpack weights to float32, which is many times slower.
-        accuracy_level=4,
+        # On a CPU 4 rounds activations to int8 blocks: without it the kernels unpack weights to float32, which is many times
+        # slower. Files for GPUs, which do not round them, are only measured there, and should be measured as they are.
+        accuracy_level=1 if g.half else 4,
     )
 
 

@@ -1,4 +1,4 @@
-"""Llama sequence classification (`LlamaForSequenceClassification`), from the config and the tensors alone.
+"""Llama (`LlamaForSequenceClassification`, `LlamaForCausalLM`), from the config and the tensors alone.
 
     ids → embedding → layers × (RMS norm → grouped-query attention with RoPE → add → RMS norm → SwiGLU → add)
         → last real token → RMS norm → score → logits
@@ -31,7 +31,7 @@ from samescore.export.recipes import Recipe
 from samescore.export.weights import WeightFile
 
 ARCHITECTURE = "LlamaForSequenceClassification"
-VARIANTS = ("cpu-int8", "cpu-fp32", "cpu-int4", "cuda-fp16", "migraphx-fp16", "migraphx-int8")
+VARIANTS = ("cpu-int8", "cpu-fp32", "cpu-int4", "cuda-fp16", "cuda-int8", "migraphx-fp16", "migraphx-int8")
 stages = layer_stages
 
 
@@ -53,14 +53,18 @@ def build(
     statistics: Mapping[str, ChannelStatistics] | None = None,
     taps: bool = False,
     stage: range | None = None,
+    max_tokens: int | None = None,
 ) -> ir.Model:
-    """The classifier's graph in one recipe.
+    """The classifier's graph in one recipe, or the language model's (`Generator`).
 
     Inputs of fused recipes: `input_ids` int64 [batch, sequence], `lengths` int32 [batch] (real tokens of each row; the
     rest is right padding) and, with `recipe.state`, `past_key.<i>` and `past_value.<i>` float32 [batch, kv heads, past,
     head size] of each layer (`past` may be 0; batch 1 where it is not), which come back longer as `present_…`. Plain
     recipes: `input_ids` and `attention_mask` int64 [batch, sequence], right padding.
     Output: `logits` float32 [batch, labels].
+
+    A language model's graph with `recipe.state` continues texts: see `decoder`. max_tokens is the
+    longest text then (default: what the checkpoint allows).
 
     statistics: by linear layer, of its input channels on calibration texts (int8 recipes). taps: also output these
     statistics, under `tap_name`. stage: only these layers; a stage that is not the first takes `hidden` float32 [batch,
@@ -69,7 +73,7 @@ def build(
     g = GraphBuilder(weights, recipe)
     config = LlamaConfig.read(checkpoint)
     linears = make_linears(g, statistics=statistics, taps=taps)
-    _Llama(g, checkpoint, config, linears, stage or range(config.layers)).build()
+    _Llama(g, checkpoint, config, linears, stage or range(config.layers), max_tokens=max_tokens).build()
     return g.model(checkpoint.architecture)
 
 
@@ -86,7 +90,7 @@ class _Llama(Decoder[LlamaConfig]):
     def prepare(self) -> None:
         """See Decoder."""
         if self.g.recipe.contrib:
-            self.attention = FusedAttention(self.g, self.config, self.rows, self.stage)
+            self.attention = FusedAttention(self.g, self.config, self.rows, self.stage, self.max_tokens)
         else:
             self.attention = PlainAttention(self.g, self.config, self.rows)
 
@@ -97,8 +101,11 @@ class _Llama(Decoder[LlamaConfig]):
         tied = (self.config.heads // self.config.kv_heads, self.config.head_size)
         after_attention = self.linears.rescaling(f"{prefix}.o_proj", out, centred=False, tied=tied)
         context, x = self._attend(x, pending, index, after_attention)
+        value = self.matrix(f"{prefix}.v_proj.weight")
+        reach = self.values_reach(f"model.layers.{index}.input_layernorm", value)
+        out, factors = self.output_with_room(out, reach)
         y = self.linears(context, f"{prefix}.o_proj", out, rescaled=after_attention)
-        return self.g.cast(y, np.float32), x
+        return self.widened(y, factors), x
 
     def _attend(
         self, x: ir.Value, pending: ir.Value | None, index: int, after: Rescaling | None
@@ -112,9 +119,12 @@ class _Llama(Decoder[LlamaConfig]):
             value = value / value_scale(config, after)
         normed, x = self.norm(x, pending, f"{prefix}.input_layernorm", rescaled)
         normed = g.cast(normed, np.float16)
-        if not self.is_last(index):
+        if not self.asks_last(index):
             packed = self.linears(normed, site, np.concatenate([query, key, value], axis=1), rescaled=rescaled)
-            return self.attention.all_tokens(packed, None, None, index), x
+            context = self.attention.all_tokens(packed, None, None, index)
+            if not self.is_last(index):
+                return context, x
+            return self.rows.last_of(context, self.attention.width), self.rows.last_of(x, config.hidden)
         keys_values = self.linears(
             normed, site, np.concatenate([key, value], axis=1), name=f"{site}.kv", rescaled=rescaled
         )

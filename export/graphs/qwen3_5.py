@@ -11,7 +11,7 @@ Everything is causal, so that what lies in right padding cannot reach the last r
 last layer everything after attention's keys and values, or after the delta rule, is computed for that token alone.
 
 The delta rule, its convolution and its gates are float32 in every recipe, and so are the two small projections that drive
-the gates: what they decide is carried through the whole text.
+the gates: what they decide is carried through the whole text. The exception is `recipe.chunked`: see ChunkedDeltaNet.
 """
 
 from __future__ import annotations
@@ -34,9 +34,16 @@ from samescore.export.graphs.decoder import (
     layer_parts,
     layer_stages,
 )
-from samescore.export.graphs.delta_net import DeltaHeads, FusedDeltaNet, PlainDeltaNet
+from samescore.export.graphs.delta_net import (
+    CHUNKED_HEAD_SIZE,
+    ChunkedDeltaNet,
+    DeltaHeads,
+    FusedDeltaNet,
+    PlainDeltaNet,
+)
 from samescore.export.graphs.formats import make_linears
-from samescore.export.graphs.linears import Linears, silu
+from samescore.export.graphs.headroom import reach_after_norm
+from samescore.export.graphs.linears import silu
 from samescore.export.graphs.rope import rope_parameters
 from samescore.export.quantize import ChannelStatistics, Rescaling
 from samescore.export.recipes import Recipe
@@ -44,7 +51,16 @@ from samescore.export.weights import WeightFile
 from samescore.runtime.errors import CheckpointError
 
 LANGUAGE_MODELS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM")
-VARIANTS = ("cpu-int8", "cpu-fp32", "cpu-int4", "cuda-fp16", "cuda-int8", "migraphx-fp16", "migraphx-int8")
+VARIANTS = (
+    "cpu-int8",
+    "cpu-fp32",
+    "cpu-int4",
+    "cuda-fp16",
+    "cuda-int8",
+    "cuda-fp16-chunked",
+    "migraphx-fp16",
+    "migraphx-int8",
+)
 LINEAR, FULL = "linear_attention", "full_attention"
 # transformers' defaults, for what a config leaves out.
 FULL_ATTENTION_INTERVAL = 4
@@ -117,7 +133,7 @@ def build(
     stage: range | None = None,
     max_tokens: int | None = None,
 ) -> ir.Model:
-    """The classifier's graph in one recipe.
+    """The classifier's graph in one recipe, or the language model's (`Generator`).
 
     Inputs of fused recipes: `input_ids` int64 [batch, sequence], `lengths` int32 [batch] (real tokens of each row; the
     rest is right padding) and, with `recipe.state`, float32 of each layer i, which come back as `present_…` of the same
@@ -126,6 +142,8 @@ def build(
     value heads, key size, value size] of linear attention (zeros before the first token). Padding enters what comes back:
     states are for texts without it. Plain recipes: `input_ids` and `attention_mask` int64 [batch, sequence], right padding.
     Output: `logits` float32 [batch, labels].
+
+    A language model's graph with `recipe.state` continues texts: see `decoder`. max_tokens is the longest text then too.
 
     statistics: by linear layer, of its input channels on calibration texts (recipes that smooth). taps: also output these
     statistics, under `tap_name`. stage: only these layers; a stage that is not the first takes `hidden` float32 [batch,
@@ -137,8 +155,7 @@ def build(
     g = GraphBuilder(weights, recipe)
     config = Qwen35Config.read(checkpoint)
     linears = make_linears(g, statistics=statistics, taps=taps)
-    limit = max_tokens or checkpoint.max_tokens
-    _Qwen35(g, checkpoint, config, linears, stage or range(config.layers), max_tokens=limit).build()
+    _Qwen35(g, checkpoint, config, linears, stage or range(config.layers), max_tokens=max_tokens).build()
     return g.model(checkpoint.architecture)
 
 
@@ -154,29 +171,27 @@ class _Qwen35(Decoder[Qwen35Config]):
     attention: FusedAttention | PlainAttention
     delta_net: FusedDeltaNet | PlainDeltaNet
 
-    def __init__(
-        self,
-        g: GraphBuilder,
-        checkpoint: Checkpoint,
-        config: Qwen35Config,
-        linears: Linears,
-        stage: range,
-        *,
-        max_tokens: int,
-    ):
-        super().__init__(g, checkpoint, config, linears, stage)
-        self.max_tokens = max_tokens
-
     def prepare(self) -> None:
         """See Decoder."""
         g, config, rows = self.g, self.config, self.rows
         linear, full = ([i for i in self.stage if config.layer_types[i] == kind] for kind in (LINEAR, FULL))
         if g.recipe.contrib:
-            self.attention = FusedAttention(g, config, rows, full)
-            self.delta_net = FusedDeltaNet(g, config.delta, linear)
+            self.attention = FusedAttention(g, config, rows, full, self.max_tokens)
+            self.delta_net = self._chunked() if g.recipe.chunked else FusedDeltaNet(g, config.delta, linear)
             return
         self.attention = PlainAttention(g, config, rows)
         self.delta_net = PlainDeltaNet(g, config.delta, rows.sequence, self.max_tokens)
+
+    def _chunked(self) -> ChunkedDeltaNet:
+        """CheckpointError for heads that would make the operator fall back to going token by token."""
+        delta = self.config.delta
+        if {delta.key_size, delta.value_size} != {CHUNKED_HEAD_SIZE}:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: config.json has linear attention's heads of {delta.key_size} and "
+                f"{delta.value_size} channels; GatedDeltaNet reads chunks of heads of {CHUNKED_HEAD_SIZE} only. Take a "
+                "variant without it, cuda-fp16"
+            )
+        return ChunkedDeltaNet(self.g, delta, self.rows.batch)
 
     def mix(self, x: ir.Value, pending: ir.Value | None, index: int) -> tuple[ir.Value, ir.Value]:
         """See Decoder: Gated DeltaNet or gated attention."""
@@ -189,7 +204,20 @@ class _Qwen35(Decoder[Qwen35Config]):
         tied = (repeats, config.delta.value_size if linear else config.head_size)
         after = self.linears.rescaling(site, out, centred=False, tied=tied)
         context, x = (self._delta_net if linear else self._attend)(x, pending, index, after)
-        return self.g.cast(self.linears(context, site, out, rescaled=after), np.float32), x
+        out, factors = self.output_with_room(out, self._reach(index))
+        return self.widened(self.linears(context, site, out, rescaled=after), factors), x
+
+    def _reach(self, index: int) -> FloatArray:
+        """The largest |input| of a token mixer's last matrix for any text, [heads * size]."""
+        norm, prefix, config = f"model.layers.{index}.input_layernorm", f"model.layers.{index}", self.config
+        if config.layer_types[index] == FULL:
+            # The gate's sigmoid enlarges nothing.
+            return self.values_reach(norm, self.matrix(f"{prefix}.self_attn.v_proj.weight"))
+        size = config.delta.value_size
+        normed = np.float32(math.sqrt(size)) * np.abs(self.tensor(f"{prefix}.linear_attn.norm.weight"))
+        z = reach_after_norm(self.norm_weight(norm), self.matrix(f"{prefix}.linear_attn.in_proj_z.weight"))
+        reach: FloatArray = np.tile(normed, config.delta.value_heads) * z
+        return reach
 
     def _attend(
         self, x: ir.Value, pending: ir.Value | None, index: int, after: Rescaling | None
@@ -210,12 +238,15 @@ class _Qwen35(Decoder[Qwen35Config]):
 
         keys = self._head_norm(project(normed, "k", key), f"{prefix}.k_norm.weight", config.kv_heads)
         values = project(normed, "v", value)
-        last = self.is_last(index)
+        last = self.asks_last(index)
         if last:
             normed, x = (self.rows.last_of(rows, config.hidden) for rows in (normed, x))
         queries = self._head_norm(project(normed, "q", query), f"{prefix}.q_norm.weight", config.heads)
         attend = self.attention.last_token if last else self.attention.all_tokens
         context = attend(queries, keys, values, index)
+        if self.is_last(index) and not last:
+            normed, x = (self.rows.last_of(rows, config.hidden) for rows in (normed, x))
+            context = self.rows.last_of(context, self.attention.width)
         return g.op("Mul", context, g.op("Sigmoid", project(normed, "gate", gate))), x
 
     def _query_and_gate(self, name: str) -> tuple[FloatArray, FloatArray]:

@@ -27,8 +27,8 @@ def add(commands: Any) -> None:
         metavar="V",
         action="append",
         default=[],
-        help="cpu-int8, cpu-fp32, cpu-int4, cuda-fp16, cuda-int8, migraphx-fp16 or migraphx-int8; repeat for several (default: "
-        "cpu-int8; cpu-fp32 for architectures without a hand-built graph)",
+        help="cpu-int8, cpu-fp32, cpu-int4, cuda-fp16, cuda-int8, cuda-fp16-chunked, migraphx-fp16 or migraphx-int8; repeat "
+        "for several (default: cpu-int8; cpu-fp32 for architectures without a hand-built graph)",
     )
     command.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub source")
     command.add_argument(
@@ -43,6 +43,22 @@ def add(commands: Any) -> None:
         help="SOURCE is a language model: score what it gives to these tokens as the next one, as in 0,1,2,3,4 or Yes,No "
         "(one token each; white space counts)",
     )
+    command.add_argument(
+        "--task",
+        choices=("classify", "generate"),
+        help="generate: SOURCE is a language model; its bundle generates text (default: classify, or the profile's task)",
+    )
+    _add_measuring(command)
+    command.add_argument(
+        "--fresh",
+        action="store_true",
+        help="measure every text anew, also those that an interrupted or earlier run did",
+    )
+    command.set_defaults(run=run)
+
+
+def _add_measuring(command: argparse.ArgumentParser) -> None:
+    """What the gate reads, and what it allows."""
     command.add_argument("--golden", metavar="FILE", help="JSONL texts for the gate, with or without reference logits")
     command.add_argument(
         "--calibration", metavar="FILE", help="JSONL texts for activation ranges; none of the golden ones"
@@ -51,10 +67,14 @@ def add(commands: Any) -> None:
         "--golden-limit",
         metavar="N",
         type=_limit,
-        help="use only the first N golden texts, or `all` (default: all of --golden, the profile's number of those that ship)",
+        help="use only the first N golden texts, or `all` (default: all of --golden, the profile's number of those that ship); "
+        "of --task generate: answer so many prompts (default: 200; 0: measure nothing)",
     )
     command.add_argument(
-        "--max-tokens", metavar="N", type=int, help="cut longer texts here (default: the profile's limit)"
+        "--max-tokens",
+        metavar="N",
+        type=int,
+        help="cut longer texts here; of --task generate, the most tokens of prompt and answer (default: the profile's limit)",
     )
     command.add_argument(
         "--budget",
@@ -76,12 +96,6 @@ def add(commands: Any) -> None:
         type=int,
         help="compare token ids with the Hugging Face tokenizer's on N strings made of the texts (default: 100000; 0: none)",
     )
-    command.add_argument(
-        "--fresh",
-        action="store_true",
-        help="measure every text anew, also those that an interrupted or earlier run did",
-    )
-    command.set_defaults(run=run)
 
 
 def _limit(text: str) -> int | Literal["all"]:
@@ -95,6 +109,8 @@ def _limit(text: str) -> int | Literal["all"]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it; the exit code."""
+    if _task(arguments) == "generate":
+        return _generate(arguments)
     from samescore.calibrate.certificate import parity_table, tokenization_line
     from samescore.exporting import export_bundle
 
@@ -123,11 +139,58 @@ def run(arguments: argparse.Namespace) -> int:
     if said := tokenization_line(result.certificate.tokenization):
         print(said)
     for variant in result.manifest.variants:
-        if "parts" in variant.recipe:
-            print(f"{variant.name:<15}finer: {variant.recipe['parts']}")
+        if parts := variant.recipe.get("parts"):
+            time = result.times.get(variant.name)
+            cost = f" ({time:.1f} x the plain recipe's products, by table)" if time else ""
+            print(f"{variant.name:<15}{len(parts.split())} parts finer{cost}: {parts}")
     if said := label_mass(dataclasses.asdict(result.certificate.reference)):
         print(f"label mass     {said}")
     print(f"{result.path}: {len(result.manifest.files) + 1} files, {size / 1e6:.1f} MB")
     if result.warning:
         print(f"samescore: warning: {result.warning}", file=sys.stderr)
+    return EXIT_OK
+
+
+# Arguments that say how a classifier is read or measured.
+_OF_CLASSIFIERS = ("adapter_subfolder", "base", "label_tokens", "budget", "recipe")
+
+
+def _task(arguments: argparse.Namespace) -> str:
+    """What was asked for; else what the profile is for."""
+    from samescore.export.profiles import find_profile
+
+    if arguments.task is not None:
+        return str(arguments.task)
+    facts = find_profile(arguments.profile or "") or find_profile(arguments.source)
+    return facts.task if facts else "classify"
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from samescore.calibrate.generation_certificate import generation_table
+    from samescore.generating import export_generator
+    from samescore.runtime.errors import UsageError
+
+    for name in (*_OF_CLASSIFIERS, "tokenization_texts"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for classifiers, and this bundle will generate text: leave it away"
+            )
+    result = export_generator(
+        arguments.source,
+        arguments.output,
+        profile=arguments.profile,
+        variants=arguments.variant,
+        revision=arguments.revision,
+        calibration=arguments.calibration,
+        max_tokens=arguments.max_tokens,
+        golden=arguments.golden,
+        golden_limit=sys.maxsize if arguments.golden_limit == "all" else arguments.golden_limit,
+        allow_drift=arguments.allow_drift,
+        progress=True,
+    )
+    print(generation_table(result.certificate.variants))
+    size = sum(entry.size for entry in result.manifest.files.values())
+    print(f"{result.path}: {len(result.manifest.files) + 1} files, {size / 1e6:.1f} MB")
+    if not result.certificate.measured:
+        print("samescore: warning: not measured against PyTorch; parity.json says so", file=sys.stderr)
     return EXIT_OK

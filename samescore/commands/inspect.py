@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samescore.commands.output import EXIT_OK, label_mass, print_json
+
+if TYPE_CHECKING:
+    from samescore.runtime.manifest import Manifest
 
 
 def add(commands: Any) -> None:
@@ -39,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     for note in source.notes:
         print(f"note        {note}")
     print(f"contract    {contract.kind}, {contract.max_tokens} tokens, cut {contract.truncation} {contract.ellipsis}")
+    if manifest.generation is not None:
+        return _generator(manifest, parity)
     print(f"labels      {', '.join(manifest.labels)} ({manifest.activation})")
     if manifest.label_tokens:
         print(f"tokens      {', '.join(f'{token.text!r} = {token.id}' for token in manifest.label_tokens)}")
@@ -57,4 +62,19 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"            finer: {variant.recipe['parts']}")
         if variant.recalibration:
             print(f"            recalibrated: {variant.recalibration.summary}")
+    return EXIT_OK
+
+
+def _generator(manifest: Manifest, parity: Any) -> int:
+    """The lines of a bundle that generates text."""
+    generation = manifest.generation
+    assert generation is not None
+    print(f"generates   text, {generation.context} tokens of context, vocabulary {generation.vocabulary}")
+    print(f"chat        {generation.chat_template or 'no template'}, ends at {', '.join(map(str, generation.eos))}")
+    if generation.defaults:
+        print(f"sampling    {', '.join(f'{name} {value:g}' for name, value in generation.defaults.items())}")
+    for variant in manifest.variants:
+        size = sum(entry.size for name, entry in manifest.files.items() if name.startswith(f"{variant.name}/"))
+        outcome = parity["variants"][variant.name]["outcome"]
+        print(f"variant     {variant.name}: {variant.target}, {size / 1e6:.1f} MB; against PyTorch: {outcome}")
     return EXIT_OK

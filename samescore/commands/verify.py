@@ -29,7 +29,8 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do it; the exit code."""
     from samescore.calibrate.certificate import TABLE_LEGEND, parity_table, tokenization_line
-    from samescore.verifying import verify
+    from samescore.calibrate.generation_certificate import LEGEND, generation_table
+    from samescore.verifying import VerifyResult, verify
 
     result = verify(
         arguments.bundle,
@@ -45,6 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"samescore: {result.note}", file=sys.stderr)
     if arguments.json:
         print_json({"passed": result.passed, "note": result.note, **json.loads(result.certificate.to_json())})
+    elif not isinstance(result, VerifyResult):
+        print(generation_table(result.certificate.variants))
+        print(LEGEND)
     else:
         print(parity_table(result.certificate.variants))
         if said := tokenization_line(result.certificate.tokenization):

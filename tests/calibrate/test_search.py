@@ -82,8 +82,15 @@ def test_the_fewest_steps_that_pass(needed, optimism):
 
 
 def test_a_budget_that_nothing_meets():
+    tried = []
+
+    def try_out(kept):
+        tried.append(kept)
+        return drift(0.1)
+
     with pytest.raises(GateError, match="no choice of formats stays inside the budget"):
-        fewest(lambda n: {"mean_abs_dp": 1.0}, lambda n: drift(0.1), 5, Budget(None, None, 1e-3), int, drift(0.1))
+        fewest(lambda n: {"mean_abs_dp": 1.0}, try_out, 5, Budget(None, None, 1e-3), int, drift(0.1))
+    assert tried.count(5) == 1 and len(tried) == len(set(tried))
 
 
 def scorer(folder):

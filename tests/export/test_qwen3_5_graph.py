@@ -41,6 +41,8 @@ MEAN = {
     "migraphx-int8": 0.12,
 }
 LARGEST = 5e-5
+# The others are in test_chunked_delta_net.
+VARIANTS = [name for name in qwen3_5.VARIANTS if variant_spec(name).certified_on == "cpu"]
 PAD = 1
 # As the 4B and the 0.8B model have them.
 LAYOUTS = {"two value heads per key head": {}, "as many": {"linear_num_value_heads": 2, "multimodal": True}}
@@ -108,7 +110,7 @@ def test_every_length_matches_pytorch(checkpoint, session):
     assert np.abs(scores(session, ids) - expected).mean() < MEAN["cpu-fp32"]
 
 
-@pytest.mark.parametrize("name", qwen3_5.VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_variants_match_pytorch(checkpoint, statistics, tmp_path, name, calibrated):
     ids = sequences(checkpoint, [1, 2, 3, 7, 33, 64, 65, 256, 300])
@@ -393,7 +395,7 @@ def test_graph_contracts(checkpoint, tmp_path):
         for layer, kind in enumerate(config.layer_types)
         for part in (("key", "value") if kind == qwen3_5.FULL else ("conv", "recurrent"))
     ]
-    for name in qwen3_5.VARIANTS:
+    for name in VARIANTS:
         check_variant(checkpoint, variant_spec(name))
         recipe = variant_spec(name).recipe
         build(checkpoint, name, tmp_path / name)

@@ -95,8 +95,8 @@ def pool(monkeypatch, place):
 
     original = decoder.TokenRows.__init__
 
-    def other(self, g, source):
-        original(self, g, source)
+    def other(self, g, source, **options):
+        original(self, g, source, **options)
         self.last = place(g, self.last)
         if self.mask is not None:
             before = g.op("CumSum", self.mask, g.constant(1, np.int64))

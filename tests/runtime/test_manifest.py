@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from samescore.runtime.contract import TextContract
 from samescore.runtime.errors import BundleError, UsageError
-from samescore.runtime.manifest import BaseSource, FileEntry, LabelToken, Manifest, Source, Variant, parse_manifest
+from samescore.runtime.manifest import (
+    BaseSource,
+    FileEntry,
+    Generation,
+    LabelToken,
+    Manifest,
+    Source,
+    Variant,
+    parse_manifest,
+)
 
 MANIFEST = Manifest(
     schema_version=1,
@@ -154,12 +163,84 @@ def test_what_is_wrong_is_named(path, value, said):
 
 
 @pytest.mark.parametrize(
-    "key", [field.name for field in dataclasses.fields(Manifest) if field.name != "schema_version"]
+    "key", [field.name for field in dataclasses.fields(Manifest) if field.name not in ("schema_version", "generation")]
 )
 def test_missing_keys_are_named(key):
     doc = document()
     del doc[key]
     with pytest.raises(BundleError, match=f"missing '{key}'"):
+        parse(doc)
+
+
+def test_a_bundle_without_the_key_is_a_classifier():
+    doc = document()
+    assert doc.pop("generation") is None
+    assert parse(doc) == MANIFEST
+
+
+GENERATION = Generation(
+    context=64,
+    eos=(2, 3),
+    bos=None,
+    pad=0,
+    vocabulary=10,
+    chat_template="chat_template.jinja",
+    template_tokens={"eos_token": "</s>"},
+    defaults={"do_sample": 1.0, "temperature": 0.7, "top_k": 20.0},
+)
+GENERATOR = dataclasses.replace(
+    MANIFEST,
+    labels=(),
+    generation=GENERATION,
+    files={**MANIFEST.files, "chat_template.jinja": FileEntry(7, "f" * 64)},
+)
+
+
+def test_round_trip_of_a_generator():
+    assert parse_manifest(GENERATOR.to_json()) == GENERATOR
+    plain = dataclasses.replace(GENERATION, chat_template=None, template_tokens={}, defaults={})
+    bare = dataclasses.replace(GENERATOR, generation=plain)
+    assert parse_manifest(bare.to_json()) == bare
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (["labels"], ["a"], r"a model that generates text has no labels, got \['a'\]"),
+        (["label_tokens"], [], "has no labels"),
+        (["generation", "context"], 0, "context and vocabulary must be at least 1, got 0 and 10"),
+        (["generation", "context"], "64", r"generation\.context: expected int, got str"),
+        (["generation", "eos"], [], "eos must be distinct tokens and at least one"),
+        (["generation", "eos"], [2, 2], "distinct"),
+        (["generation", "eos"], 2, r"generation\.eos: expected a list, got int"),
+        (["generation", "eos"], [10], r"tokens \[10\] are outside the vocabulary of 10"),
+        (["generation", "bos"], -1, r"tokens \[-1\] are outside"),
+        (["generation", "pad"], True, r"generation\.pad: expected int, got bool"),
+        (["generation", "chat_template"], "../x", "which `files` does not list"),
+        (["generation", "template_tokens"], {"eos_token": 2}, r"template_tokens\['eos_token'\]: expected str"),
+        (["generation", "defaults"], {"temprature": 1}, "unknown default 'temprature'. Did you mean 'temperature'"),
+        (["generation", "defaults"], {"temperature": -1}, "temperature must be at least 0, got -1"),
+        (["generation", "defaults"], {"top_k": 1.5}, "top_k must be a whole number"),
+        (["generation", "defaults"], {"top_p": 0}, "top_p must be above 0, at most 1"),
+        (["generation", "defaults"], {"min_p": float("nan")}, "min_p must be from 0 to 1, got nan"),
+        (["generation", "defaults"], {"top_k": float("inf")}, "top_k must be a whole number"),
+        (["generation", "defaults"], {"do_sample": 2}, "do_sample must be 0 or 1"),
+        (["generation", "defaults"], {"do_sample": True}, "expected float, got bool"),
+        (["generation", "extra"], 1, "generation: unknown key 'extra'"),
+    ],
+)
+def test_what_is_wrong_of_a_generator_is_named(path, value, said):
+    doc = json.loads(GENERATOR.to_json())
+    set_at(doc, path, value)
+    with pytest.raises(BundleError, match=said):
+        parse(doc)
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Generation)])
+def test_missing_keys_of_a_generator_are_named(key):
+    doc = json.loads(GENERATOR.to_json())
+    del doc["generation"][key]
+    with pytest.raises(BundleError, match=f"generation: missing '{key}'"):
         parse(doc)
 
 

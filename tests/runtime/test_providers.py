@@ -98,3 +98,24 @@ def test_no_onnx_runtime_names_the_extras(monkeypatch):
     monkeypatch.setattr(providers.importlib, "import_module", absent)
     with pytest.raises(MissingDependencyError, match=r"samescore\[cpu\]"):
         providers.import_onnxruntime()
+
+
+@pytest.mark.parametrize("name", [n for n in providers.ORT_DISTRIBUTIONS if n != "onnxruntime"])
+def test_every_package_that_writes_onnxruntime_counts(name, tmp_path, monkeypatch):
+    """As package metadata says, also where a name has an underscore there."""
+    if providers.installed_distributions() != ["onnxruntime"]:
+        pytest.skip("another ONNX Runtime build is installed")
+    folder = tmp_path / f"{name.replace('-', '_')}-9.9.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ProviderError, match=f"2 ONNX Runtime packages are installed .*{name}"):
+        providers.import_onnxruntime()
+
+
+def test_a_plugin_package_is_no_second_onnx_runtime(tmp_path, monkeypatch):
+    folder = tmp_path / "onnxruntime_ep_openvino-1.8.1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-ep-openvino\nVersion: 1.8.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert providers.import_onnxruntime().__version__
