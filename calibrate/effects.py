@@ -43,6 +43,11 @@ class Effects:
         changed = self.changed.get((part, number_format))
         return np.zeros_like(p) if changed is None else probabilities_of(changed, self.activation) - p
 
+    def logit_change(self, part: str, number_format: NumberFormat) -> FloatArray:
+        """The same of the logits."""
+        changed = self.changed.get((part, number_format), self.logits)
+        return changed.astype(np.float64) - self.logits
+
     def sensitivity(self, recipe: Recipe) -> dict[str, float]:
         """The mean largest change of a text's probabilities when a part alone is in the recipe's own format, by part."""
         return {

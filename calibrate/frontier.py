@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from samescore.calibrate.budget import Spent, expected_disagreement
 from samescore.calibrate.effects import Effects
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.recipes import NumberFormat, Recipe
@@ -62,18 +63,14 @@ class Frontier:
         reached = dict(self.steps[:count])
         return {part: reached[part] for part in self.weights if part in reached}
 
-    def predicted(self, count: int) -> dict[str, float]:
-        """The drift after so many steps, if the parts' effects are independent: their squares are added."""
+    def predicted(self, count: int) -> Spent:
+        """What so many steps leave, if the parts' effects are independent: their squares are added."""
         reached = self.choices(count)
-        total = sum(
-            np.square(self.effects.of(part, reached.get(part, self.recipe.options(part)[0]))) for part in self.weights
-        )
-        dp = np.sqrt(total).max(axis=1)
-        return {
-            "max_abs_dp": float(dp.max()),
-            "p99_abs_dp": float(np.quantile(dp, 0.99)),
-            "mean_abs_dp": float(dp.mean()),
-        }
+        formats = {part: reached.get(part, self.recipe.options(part)[0]) for part in self.weights}
+        total = sum(np.square(self.effects.of(*key)) for key in formats.items())
+        changes = np.sqrt(sum(np.square(self.effects.logit_change(*key)) for key in formats.items()))
+        logits, activation = self.effects.logits.astype(np.float64), self.effects.activation
+        return Spent.moved(np.sqrt(total).max(axis=1), expected_disagreement(logits, changes, activation))
 
     def time(self, count: int) -> float:
         """The time of all products after so many steps over that of the recipe as it is, by the table."""

@@ -1,4 +1,4 @@
-"""The recipe search: which parts of a network get finer number formats, so that a variant's drift stays inside a budget.
+"""The recipe search: which parts of a network get finer number formats, so that a variant stays inside a budget.
 
     calibration texts → recipe as it is, built and measured ─ inside → nothing to choose
                                                             └ outside → effects → frontier → as few steps as the prediction
@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samescore.calibrate.activations import CalibrationRun
-from samescore.calibrate.budget import Budget
+from samescore.calibrate.budget import Budget, Spent
 from samescore.calibrate.certify import score_all
 from samescore.calibrate.effects import part_effects, parts_of
 from samescore.calibrate.frontier import make_frontier, weights_of
-from samescore.calibrate.metrics import Drift, measure
 from samescore.calibrate.reference import Reporter
 from samescore.calibrate.stages import read_model
 from samescore.export.build import build_graph
@@ -50,7 +49,7 @@ class Choice:
 
     formats: Mapping[str, NumberFormat]
     time: float
-    drift: Drift
+    spent: Spent
     sensitivity: Mapping[str, float] | None
 
 
@@ -84,7 +83,7 @@ def search(
     )
     frontier = make_frontier(checkpoint, recipe, effects)
     with report("searching for formats inside the budget", BUILDS) as tick:
-        count, drift = fewest(
+        count, spent = fewest(
             frontier.predicted,
             lambda kept: trials.measure(frontier.choices(kept)),
             len(frontier.steps),
@@ -92,7 +91,7 @@ def search(
             tick,
             plain,
         )
-    return Choice(frontier.choices(count), frontier.time(count), drift, effects.sensitivity(recipe))
+    return Choice(frontier.choices(count), frontier.time(count), spent, effects.sensitivity(recipe))
 
 
 def effect_texts(checkpoint: Checkpoint, recipe: Recipe, input_ids: Sequence[Ids]) -> list[Ids]:
@@ -112,15 +111,15 @@ def effect_texts(checkpoint: Checkpoint, recipe: Recipe, input_ids: Sequence[Ids
 
 
 def fewest(
-    predict: Callable[[int], Mapping[str, float]],
-    try_out: Callable[[int], Drift],
+    predict: Callable[[int], Spent],
+    try_out: Callable[[int], Spent],
     steps: int,
     budget: Budget,
     tick: Callable[[], None],
-    plain: Drift,
-) -> tuple[int, Drift]:
-    """The smallest number of steps whose measured drift is inside the budget, in at most BUILDS builds (and one of all
-    steps, where none of these passed). plain: the drift of no step, which is outside.
+    plain: Spent,
+) -> tuple[int, Spent]:
+    """The smallest number of steps that are measured to be inside the budget, in at most BUILDS builds (and one of all
+    steps, where none of these passed). plain: what no step leaves, which is outside.
 
     Starts where the prediction is inside, corrects the prediction by what was measured, and halves the gap between the
     most steps that failed and the fewest that passed. GateError when all of them fail.
@@ -128,27 +127,27 @@ def fewest(
     low, high = 0, steps
     expected = budget.excess(predict(0))
     correction = budget.excess(plain) / expected if expected else 1.0
-    best: Drift | None = None
+    best: Spent | None = None
     for _ in range(BUILDS):
         guess = next((k for k in range(steps + 1) if correction * budget.excess(predict(k)) <= 1), steps)
         kept = guess if low < guess < high else (low + high + 1) // 2
-        drift = try_out(kept)
+        spent = try_out(kept)
         tick()
-        if budget.excess(drift) <= 1:
-            high, best = kept, drift
+        if budget.excess(spent) <= 1:
+            high, best = kept, spent
         else:
             low = kept
         expected = budget.excess(predict(kept))
-        correction = budget.excess(drift) / expected if expected else correction
+        correction = budget.excess(spent) / expected if expected else correction
         if high - low <= max(1, steps // 32):
             break
     if best is None:
-        best, high = drift if low == steps else try_out(steps), steps
+        best, high = spent if low == steps else try_out(steps), steps
         if budget.excess(best) > 1:
             raise GateError(
                 "no choice of formats stays inside the budget: with the finest for every part, "
-                f"mean |Δp| is {best.mean_abs_dp:.1e} and max {best.max_abs_dp:.1e}. Nothing was written. Export cpu-fp32, or "
-                "name a wider --budget"
+                f"mean |Δp| is {best.mean_abs_dp:.1e}, max {best.max_abs_dp:.1e}, and {best.disagreement:.2%} of the labels are "
+                "expected to change. Nothing was written. Export cpu-fp32, or name a wider --budget"
             )
     return high, best
 
@@ -165,12 +164,12 @@ class _Trials:
     prefix: Ids | None
     workspace: Path | None
 
-    def measure(self, formats: Mapping[str, NumberFormat]) -> Drift:
-        """The drift from float32 with these parts in these formats."""
+    def measure(self, formats: Mapping[str, NumberFormat]) -> Spent:
+        """How far from float32 these parts in these formats are."""
         with tempfile.TemporaryDirectory(prefix=".trial-", dir=self.workspace) as temporary:
             folder = Path(temporary)
             recipe = self.recipe.choosing(formats)
             build_graph(self.checkpoint, recipe, folder, statistics=self.run.statistics, max_tokens=self.max_tokens)
             reader = Reader(Session(read_model(folder), "cpu", intra_op_threads=1), self.prefix)
             logits = score_all(reader, self.input_ids, workers=available_threads())
-        return measure(self.run.logits, logits, self.checkpoint.labels, self.checkpoint.activation)
+        return Spent.of(self.run.logits, logits, self.checkpoint.activation)

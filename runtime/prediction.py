@@ -71,7 +71,8 @@ def probabilities_of(logits: npt.NDArray[Any], activation: Activation) -> npt.ND
     """Softmax over the last axis, or the sigmoid of each logit, in float64; same shape as `logits` [..., labels]."""
     wide = np.asarray(logits, dtype=np.float64)
     if activation == "sigmoid":
-        return np.exp(-np.logaddexp(0.0, -wide))
+        with np.errstate(invalid="ignore"):  # NaN stays NaN
+            return np.exp(-np.logaddexp(0.0, -wide))
     shifted = np.exp(wide - wide.max(axis=-1, keepdims=True))
     result: npt.NDArray[np.float64] = shifted / shifted.sum(axis=-1, keepdims=True)
     return result

@@ -79,8 +79,8 @@ def _add_measuring(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--budget",
         metavar="B",
-        help="how much a quantized variant may drift on the calibration texts: gate (default), p99=5e-3,mean=1e-3 or none; "
-        "parts of the network get finer number formats where it needs them to stay inside",
+        help="how much a quantized variant may drift on the calibration texts: gate (default), none, or some of max=1e-2,"
+        "p99=5e-3,mean=1e-3,agreement=0.995; parts of the network get finer number formats where it needs them to stay inside",
     )
     command.add_argument(
         "--recipe", metavar="BUNDLE", help="take the formats of that bundle's variants instead of searching"
