@@ -37,7 +37,7 @@ class Spent:
         finite = np.isfinite(logits).all(axis=1)
         moved = np.abs(probabilities_of(logits, activation) - probabilities_of(reference, activation)).max(axis=1)
         changes = np.where(finite[:, None], np.float64(logits) - reference, LOST * np.arange(reference.shape[1]))
-        disagreement = expected_disagreement(np.float64(reference), changes, activation)
+        disagreement = expected_disagreement(reference.astype(np.float64), changes, activation)
         return cls.moved(np.where(finite, moved, 1.0), disagreement)
 
     @classmethod
