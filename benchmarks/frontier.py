@@ -25,7 +25,7 @@ import onnxruntime
 from samescore._progress import step
 from samescore.calibrate.activations import collect_statistics
 from samescore.calibrate.certify import score_all
-from samescore.calibrate.effects import part_effects
+from samescore.calibrate.effects import LabelEffects, part_effects
 from samescore.calibrate.frontier import Frontier, make_frontier
 from samescore.calibrate.golden import GoldenSet, encode_golden
 from samescore.calibrate.metrics import Drift, measure
@@ -100,6 +100,7 @@ def frontier_of(arguments: argparse.Namespace, checkpoint: Checkpoint, encoder: 
         recipe,
         effect_texts(checkpoint, recipe, ids),
         run.statistics,
+        LabelEffects,
         max_tokens=encoder.contract.max_tokens,
         report=step,
     )

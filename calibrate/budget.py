@@ -1,67 +1,21 @@
-"""How much drift a recipe search may leave, and how much of that a recipe spends."""
+"""How much drift a recipe search may leave, of a classifier and of a language model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from samescore.calibrate.effects import LabelEffects, Logits, TokenEffects
 from samescore.calibrate.gate import Tolerance
-from samescore.calibrate.metrics import FloatArray
+from samescore.calibrate.generation_gate import GenerationTolerance
+from samescore.calibrate.generation_metrics import divergences
+from samescore.calibrate.spent import Spent
 from samescore.runtime.errors import UsageError, did_you_mean
 from samescore.runtime.manifest import Activation
-from samescore.runtime.prediction import probabilities_of
 
 # What of a budget may be used on the calibration texts, because others must stay inside too: of few texts, whose p99 is nearly
 # their largest, half; from MANY on three quarters.
 FEW_SAFETY, MANY_SAFETY, MANY = 0.5, 0.75, 200
-# The change of a logit that turns every label.
-LOST = 1e9
 BUDGET_NAMES = {"max": "max_abs_dp", "p99": "p99_abs_dp", "mean": "mean_abs_dp", "agreement": "disagreement"}
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What a recipe does to texts: the numbers that a budget limits. disagreement: `expected_disagreement`."""
-
-    max_abs_dp: float
-    p99_abs_dp: float
-    mean_abs_dp: float
-    disagreement: float
-
-    @classmethod
-    def of(cls, reference: npt.NDArray[Any], logits: npt.NDArray[Any], activation: Activation) -> Spent:
-        """Of logits [texts, labels] against the reference's; a text whose logits are not finite has lost all."""
-        finite = np.isfinite(logits).all(axis=1)
-        moved = np.abs(probabilities_of(logits, activation) - probabilities_of(reference, activation)).max(axis=1)
-        changes = np.where(finite[:, None], np.float64(logits) - reference, LOST * np.arange(reference.shape[1]))
-        disagreement = expected_disagreement(reference.astype(np.float64), changes, activation)
-        return cls.moved(np.where(finite, moved, 1.0), disagreement)
-
-    @classmethod
-    def moved(cls, dp: FloatArray, disagreement: float) -> Spent:
-        """Of each text's largest change of a probability, float64 [texts]."""
-        return cls(float(dp.max()), float(np.quantile(dp, 0.99)), float(dp.mean()), disagreement)
-
-
-def expected_disagreement(logits: FloatArray, changes: FloatArray, activation: Activation) -> float:
-    """The share of texts whose label would change if every text's change of logits befell every text, in either direction.
-
-    logits, changes: [texts, labels]. Of a few texts hardly one changes its label; who might is seen from how near their ties
-    are and how far logits move, taken as independent of each other. That of sigmoids: any label, summed.
-    """
-    if activation == "sigmoid":
-        gaps, moves = np.abs(logits), np.abs(changes)
-    elif logits.shape[1] < 2:
-        return 0.0
-    else:
-        best = np.argsort(-logits, axis=1)[:, :2]
-        gaps, moves = (np.abs(np.diff(np.take_along_axis(x, best, axis=1))) for x in (logits, changes))
-    # Half of the moves are away from the tie.
-    rates = [(move[:, None] > gap[None, :]).mean() / 2 for gap, move in zip(gaps.T, moves.T, strict=True)]
-    return float(min(1.0, sum(rates)))
 
 
 @dataclass(frozen=True)
@@ -77,33 +31,38 @@ class Budget:
     disagreement: float | None = None
     safety: float = FEW_SAFETY
 
+    @staticmethod
+    def spent(reference: Logits, logits: Logits, activation: Activation) -> Spent:
+        """Of a built recipe's logits [texts, labels] against the reference's."""
+        return Spent.of(reference, logits, activation)
+
+    @staticmethod
+    def effects(logits: Logits, activation: Activation) -> LabelEffects:
+        """What takes in the effects of parts, of the logits with nothing quantized."""
+        return LabelEffects(logits, activation)
+
+    @staticmethod
+    def said(spent: Spent) -> str:
+        """In words."""
+        changed = f"{spent.disagreement:.2%} of the labels are expected to change"
+        return f"mean |Δp| is {spent.mean_abs_dp:.1e}, max {spent.max_abs_dp:.1e}, and {changed}"
+
     @classmethod
     def parse(cls, text: str, tolerance: Tolerance) -> Budget:
         """`gate`, the tolerance's own numbers, or some of `max=…,p99=…,mean=…,agreement=…`; UsageError for anything else."""
         if text == "gate":
             changed = 1 - tolerance.agreement if tolerance.agreement < 1 else None
             return cls(tolerance.max_abs_dp, tolerance.p99_abs_dp, tolerance.mean_abs_dp, changed)
-        found: dict[str, float] = {}
-        for item in text.split(","):
-            name, _, value = item.partition("=")
-            if name not in BUDGET_NAMES:
-                raise UsageError(
-                    f"budget {text!r}: {name!r} is none of gate, {', '.join(BUDGET_NAMES)}.{did_you_mean(name, BUDGET_NAMES)} "
-                    "Write --budget gate, --budget none or --budget p99=5e-3,mean=1e-3"
-                )
-            try:
-                number = float(value)
-            except ValueError:
-                raise UsageError(f"budget {text!r}: {value!r} is no number") from None
-            if name == "agreement":
-                if not 0 <= number < 1:
+        found = _numbers(text, BUDGET_NAMES, "p99=5e-3,mean=1e-3")
+        for name, field in BUDGET_NAMES.items():
+            if name == "agreement" and field in found:
+                if not 0 <= found[field] < 1:
                     raise UsageError(
                         f"budget {text!r}: agreement is the least share of same labels, at least 0, below 1"
                     )
-                number = 1 - number
-            elif not 0 < number <= 1:
+                found[field] = 1 - found[field]
+            elif field in found and not 0 < found[field] <= 1:
                 raise UsageError(f"budget {text!r}: {name} is a difference of probabilities, more than 0 and at most 1")
-            found[BUDGET_NAMES[name]] = number
         return cls(
             found.get("max_abs_dp"), found.get("p99_abs_dp"), found.get("mean_abs_dp"), found.get("disagreement")
         )
@@ -118,4 +77,66 @@ class Budget:
 
     def over(self, texts: int) -> Budget:
         """The same for so many calibration texts."""
-        return replace(self, safety=MANY_SAFETY if texts >= MANY else FEW_SAFETY)
+        return replace(self, safety=_safety(texts))
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """The most that a language model may spend. mean_kld: mean divergence of the next token's distribution, in nats."""
+
+    mean_kld: float
+    safety: float = FEW_SAFETY
+
+    @classmethod
+    def parse(cls, text: str, tolerance: GenerationTolerance) -> TokenBudget:
+        """`gate`, the tolerance's own number, or `kld=…`; UsageError for anything else."""
+        if text == "gate":
+            return cls(tolerance.mean_kld)
+        (number,) = _numbers(text, {"kld": "mean_kld"}, "kld=5e-4").values()
+        if not number > 0:
+            raise UsageError(f"budget {text!r}: kld is a mean divergence in nats, more than 0")
+        return cls(number)
+
+    @staticmethod
+    def spent(reference: Logits, logits: Logits, activation: Activation) -> float:
+        """Of a built recipe's logits [texts, vocabulary] against the reference's."""
+        return float(divergences(reference, logits).mean())
+
+    @staticmethod
+    def effects(logits: Logits, activation: Activation) -> TokenEffects:
+        """What takes in the effects of parts, of the logits with nothing quantized."""
+        return TokenEffects(logits, activation)
+
+    @staticmethod
+    def said(spent: float) -> str:
+        """In words."""
+        return f"the mean divergence is {spent:.1e}"
+
+    def excess(self, spent: float) -> float:
+        """The number over the used share of its limit; at most 1 when it is inside."""
+        return spent / (self.safety * self.mean_kld)
+
+    def over(self, texts: int) -> TokenBudget:
+        """The same for so many calibration texts."""
+        return replace(self, safety=_safety(texts))
+
+
+def _safety(texts: int) -> float:
+    return MANY_SAFETY if texts >= MANY else FEW_SAFETY
+
+
+def _numbers(text: str, names: dict[str, str], example: str) -> dict[str, float]:
+    """The numbers of `name=number,…` by field; UsageError for other names, and for what is no number."""
+    found: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        if name not in names:
+            raise UsageError(
+                f"budget {text!r}: {name!r} is none of gate, {', '.join(names)}.{did_you_mean(name, names)} "
+                f"Write --budget gate, --budget none or --budget {example}"
+            )
+        try:
+            found[names[name]] = float(value)
+        except ValueError:
+            raise UsageError(f"budget {text!r}: {value!r} is no number") from None
+    return found

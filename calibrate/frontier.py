@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from samescore.calibrate.budget import Spent, expected_disagreement
 from samescore.calibrate.effects import Effects
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.recipes import NumberFormat, Recipe
@@ -38,6 +37,7 @@ BYTES: dict[NumberFormat, float] = {
     "float16": 2.0,
     "float32": 4.0,
 }
+S = TypeVar("S")
 # What a share of the time and a share of the bytes count: int8 is chosen to be fast, int4 to be small.
 FAST, SMALL = (1.0, 0.25), (0.25, 1.0)
 
@@ -50,34 +50,30 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Frontier:
+class Frontier(Generic[S]):
     """The steps in order, what each part's weights count, and the effects that predict what a choice leaves."""
 
     recipe: Recipe
     steps: tuple[Step, ...]
     weights: Mapping[str, int]
-    effects: Effects
+    effects: Effects[S]
 
     def choices(self, count: int) -> dict[str, NumberFormat]:
         """The parts that have another format than the recipe's after the first `count` steps, in the network's order."""
         reached = dict(self.steps[:count])
         return {part: reached[part] for part in self.weights if part in reached}
 
-    def predicted(self, count: int) -> Spent:
-        """What so many steps leave, if the parts' effects are independent: their squares are added."""
+    def predicted(self, count: int) -> S:
+        """What so many steps leave, if the parts' effects are independent of each other."""
         reached = self.choices(count)
-        formats = {part: reached.get(part, self.recipe.options(part)[0]) for part in self.weights}
-        total = sum(np.square(self.effects.of(*key)) for key in formats.items())
-        changes = np.sqrt(sum(np.square(self.effects.logit_change(*key)) for key in formats.items()))
-        logits, activation = self.effects.logits.astype(np.float64), self.effects.activation
-        return Spent.moved(np.sqrt(total).max(axis=1), expected_disagreement(logits, changes, activation))
+        return self.effects.predicted({p: reached.get(p, self.recipe.options(p)[0]) for p in self.weights})
 
     def time(self, count: int) -> float:
         """The time of all products after so many steps over that of the recipe as it is, by the table."""
         return time_of(self.recipe, self.choices(count), self.weights)
 
 
-def make_frontier(checkpoint: Checkpoint, recipe: Recipe, effects: Effects) -> Frontier:
+def make_frontier(checkpoint: Checkpoint, recipe: Recipe, effects: Effects[S]) -> Frontier[S]:
     """All parts' steps in the order of what they gain."""
     weights = {part: weights_of(checkpoint, part) for part in dict.fromkeys(part for part, _ in effects.changed)}
     ranked: list[tuple[float, Step]] = []
@@ -107,16 +103,15 @@ class _Point(NamedTuple):
     step: Step
 
 
-def _points(recipe: Recipe, effects: Effects, weights: Mapping[str, int], part: str) -> list[_Point]:
-    """The cost of a part's formats, as shares of what the recipe as it is costs, and its mean squared effect in them."""
+def _points(recipe: Recipe, effects: Effects[S], weights: Mapping[str, int], part: str) -> list[_Point]:
+    """The cost of a part's formats, as shares of what the recipe as it is costs, and its error in them."""
     fast, small = SMALL if recipe.linear == "int4-blocks" else FAST
     plain_bytes = sum(count * BYTES[recipe.options(name)[0]] for name, count in weights.items())
     found = []
     for option in recipe.options(part):
         time = time_of(recipe, {part: option}, weights) - 1
         size = weights[part] * (BYTES[option] - BYTES[recipe.options(part)[0]]) / plain_bytes
-        error = float(np.square(effects.of(part, option)).mean())
-        found.append(_Point(fast * time + small * size, error, Step(part, option)))
+        found.append(_Point(fast * time + small * size, effects.error(part, option), Step(part, option)))
     return found
 
 

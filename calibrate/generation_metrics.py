@@ -94,6 +94,19 @@ def compare(rows: Rows, logits: Logits) -> Positions:
     return Positions(kld, dp, gap, likeliest, same, loss, rows.normalizer - rows.following_logit)
 
 
+def divergences(reference: Logits, logits: Logits) -> Array:
+    """KL(reference || variant) of logits float32 [positions, vocabulary], float64 [positions] in nats.
+
+    Infinite where the variant's are not finite.
+    """
+    found = np.full(len(logits), np.inf)
+    for at, (row, other) in enumerate(zip(reference, logits, strict=True)):
+        if np.isfinite(other).all():
+            p, q = (x.astype(np.float64) - _normalizer(x) for x in (row, other))
+            found[at] = _kld(p, q, whole=True)
+    return found
+
+
 def _normalizer(row: Logits) -> float:
     exact = row.astype(np.float64)
     largest = exact.max()

@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from samescore.calibrate.activations import CalibrationRun
-from samescore.calibrate.budget import Budget, Spent
 from samescore.calibrate.certify import score_all
-from samescore.calibrate.effects import part_effects, parts_of
+from samescore.calibrate.effects import Effects, Logits, part_effects, parts_of
 from samescore.calibrate.frontier import make_frontier, weights_of
 from samescore.calibrate.reference import Reporter
 from samescore.calibrate.stages import read_model
 from samescore.export.build import build_graph
 from samescore.export.checkpoint import Checkpoint
+from samescore.export.generator import Generator
 from samescore.export.recipes import NumberFormat, Recipe
 from samescore.runtime.errors import GateError
+from samescore.runtime.manifest import Activation
 from samescore.runtime.prefill import Ids, Reader
 from samescore.runtime.session import Session
 from samescore.runtime.threads import available_threads
@@ -39,8 +41,30 @@ EFFECT_WORK, EFFECT_TEXTS = 3e13, (4, 128)
 EFFECT_TOKENS, EFFECT_BYTES = 512, 2e9
 
 
+S = TypeVar("S")
+
+
+class Limit(Protocol[S]):
+    """How much a recipe may spend, and how that is measured: `Budget` of classifiers, `TokenBudget` of language models."""
+
+    def over(self, texts: int) -> Limit[S]:
+        """The same for so many calibration texts."""
+
+    def spent(self, reference: Logits, logits: Logits, activation: Activation) -> S:
+        """What a built recipe's logits [texts, labels] spend."""
+
+    def excess(self, spent: S) -> float:
+        """The largest number over its limit; at most 1 when all are inside."""
+
+    def effects(self, logits: Logits, activation: Activation) -> Effects[S]:
+        """What takes in the effects of parts, of the logits with nothing quantized."""
+
+    def said(self, spent: S) -> str:
+        """In words."""
+
+
 @dataclass(frozen=True)
-class Choice:
+class Choice(Generic[S]):
     """The parts that get another format, and what that is worth on the calibration texts.
 
     time: of all products over that of the recipe as it is, by the table of `frontier`. sensitivity: by part, the mean change
@@ -49,14 +73,14 @@ class Choice:
 
     formats: Mapping[str, NumberFormat]
     time: float
-    spent: Spent
+    spent: S
     sensitivity: Mapping[str, float] | None
 
 
 def search(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    budget: Budget,
+    budget: Limit[S],
     input_ids: Sequence[Ids],
     run: CalibrationRun,
     *,
@@ -64,7 +88,7 @@ def search(
     prefix: Ids | None,
     workspace: Path | None = None,
     report: Reporter,
-) -> Choice:
+) -> Choice[S]:
     """The cheapest formats with which the recipe stays inside the budget on the calibration texts.
 
     input_ids: int64 [sequence] of each text. run: of the float32 graph over them. prefix: what all begin with
@@ -72,14 +96,21 @@ def search(
     parts.
     """
     budget = budget.over(len(input_ids))
-    trials = _Trials(checkpoint, recipe, input_ids, run, max_tokens, prefix, workspace)
+    trials = _Trials(checkpoint, recipe, budget, input_ids, run, max_tokens, prefix, workspace)
     with report(f"the recipe as it is on {len(input_ids)} calibration texts"):
         plain = trials.measure({})
     if budget.excess(plain) <= 1:
         return Choice({}, 1.0, plain, None)
     chosen = effect_texts(checkpoint, recipe, input_ids)
     effects = part_effects(
-        checkpoint, recipe, chosen, run.statistics, max_tokens=max_tokens, workspace=workspace, report=report
+        checkpoint,
+        recipe,
+        chosen,
+        run.statistics,
+        budget.effects,
+        max_tokens=max_tokens,
+        workspace=workspace,
+        report=report,
     )
     frontier = make_frontier(checkpoint, recipe, effects)
     with report("searching for formats inside the budget", BUILDS) as tick:
@@ -111,13 +142,13 @@ def effect_texts(checkpoint: Checkpoint, recipe: Recipe, input_ids: Sequence[Ids
 
 
 def fewest(
-    predict: Callable[[int], Spent],
-    try_out: Callable[[int], Spent],
+    predict: Callable[[int], S],
+    try_out: Callable[[int], S],
     steps: int,
-    budget: Budget,
+    budget: Limit[S],
     tick: Callable[[], None],
-    plain: Spent,
-) -> tuple[int, Spent]:
+    plain: S,
+) -> tuple[int, S]:
     """The smallest number of steps that are measured to be inside the budget, in at most BUILDS builds (and one of all
     steps, where none of these passed). plain: what no step leaves, which is outside.
 
@@ -127,7 +158,7 @@ def fewest(
     low, high = 0, steps
     expected = budget.excess(predict(0))
     correction = budget.excess(plain) / expected if expected else 1.0
-    best: Spent | None = None
+    best: S | None = None
     for _ in range(BUILDS):
         guess = next((k for k in range(steps + 1) if correction * budget.excess(predict(k)) <= 1), steps)
         kept = guess if low < guess < high else (low + high + 1) // 2
@@ -145,31 +176,33 @@ def fewest(
         best, high = spent if low == steps else try_out(steps), steps
         if budget.excess(best) > 1:
             raise GateError(
-                "no choice of formats stays inside the budget: with the finest for every part, "
-                f"mean |Δp| is {best.mean_abs_dp:.1e}, max {best.max_abs_dp:.1e}, and {best.disagreement:.2%} of the labels are "
-                "expected to change. Nothing was written. Export cpu-fp32, or name a wider --budget"
+                f"no choice of formats stays inside the budget: with the finest for every part, {budget.said(best)}. "
+                "Nothing was written. Export cpu-fp32, or name a wider --budget"
             )
     return high, best
 
 
 @dataclass(frozen=True)
-class _Trials:
+class _Trials(Generic[S]):
     """Builds whole variants and measures them on the calibration texts."""
 
     checkpoint: Checkpoint
     recipe: Recipe
+    budget: Limit[S]
     input_ids: Sequence[Ids]
     run: CalibrationRun
     max_tokens: int
     prefix: Ids | None
     workspace: Path | None
 
-    def measure(self, formats: Mapping[str, NumberFormat]) -> Spent:
+    def measure(self, formats: Mapping[str, NumberFormat]) -> S:
         """How far from float32 these parts in these formats are."""
         with tempfile.TemporaryDirectory(prefix=".trial-", dir=self.workspace) as temporary:
             folder = Path(temporary)
             recipe = self.recipe.choosing(formats)
+            if isinstance(self.checkpoint, Generator):
+                recipe = replace(recipe, state=False)  # texts are read whole, as the reference has read them
             build_graph(self.checkpoint, recipe, folder, statistics=self.run.statistics, max_tokens=self.max_tokens)
             reader = Reader(Session(read_model(folder), "cpu", intra_op_threads=1), self.prefix)
             logits = score_all(reader, self.input_ids, workers=available_threads())
-        return Spent.of(self.run.logits, logits, self.checkpoint.activation)
+        return self.budget.spent(self.run.logits, logits, self.checkpoint.activation)

@@ -51,6 +51,8 @@ class Recipe:
     chunked: fused linear attention is one GatedDeltaNet operator, of which ONNX Runtime has no CPU kernel, and not
       LinearAttention.
     block: how many weights share a scale in `int8-blocks`, at most.
+    slices: in how many parts, each with activation scales of its own, `int8-row` computes a gated feed-forward's inner
+      channels, the largest together. More are nearer to float32, and slower where tokens come one at a time.
     choices: parts of the network, by the beginning of their weights' names (`model.layers.0.mlp`), and the format that
       they have instead of `linear` or `embedding`.
     """
@@ -68,6 +70,7 @@ class Recipe:
     chunked: bool = False
     choices: tuple[tuple[str, NumberFormat], ...] = ()
     block: int = 128
+    slices: int = 4
 
     def format_of(self, name: str, default: NumberFormat | None = None) -> NumberFormat:
         """The format of a weight or linear layer of that name; default: `linear`."""
@@ -201,24 +204,25 @@ VARIANTS: tuple[VariantSpec, ...] = (
         "ROCm through MIGraphX, int8 weights dequantized to float16, plain ONNX",
     ),
 )
-# Of language models that generate text. One token at a time, blocks of int8 weights are multiplied faster than whole
-# columns by rows, and one table of them serves as embedding and as head.
+# Of language models that generate text. Their layers are the classifiers' but for slices, which cost one token at a time more
+# than they gain; one table in blocks of int8 serves as embedding and as head.
 GENERATION_VARIANTS: tuple[VariantSpec, ...] = (
     VariantSpec(
         "cpu-int8",
         "cpu",
         "int8",
         Recipe(
-            "int8-blocks",
+            "int8-row",
             "int8-blocks",
             contrib=True,
             opset=21,
             ir_version=10,
             smoothing=True,
             state=True,
-            block=16,
+            block=32,
+            slices=1,
         ),
-        "CPU, int8 weights in blocks of 16, embedding and head too; the head reads activations of two int8 digits",
+        "CPU, int8 weights and activations; embedding and head in blocks of 32, the head reads activations of two int8 digits",
     ),
     _CPU_FP32,
     VariantSpec(
@@ -234,7 +238,7 @@ GENERATION_VARIANTS: tuple[VariantSpec, ...] = (
             smoothing=True,
             rounding="gptq",
             state=True,
-            block=16,
+            block=32,
         ),
         "CPU, 4-bit weights in blocks of 32 rounded by GPTQ, int8 embedding and head",
     ),

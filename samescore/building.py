@@ -3,48 +3,69 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from samescore.calibrate.activations import CalibrationRun, collect_statistics
-from samescore.calibrate.budget import Budget
+from samescore.calibrate.budget import Budget, TokenBudget
 from samescore.calibrate.effects import parts_of
 from samescore.calibrate.gate import TOLERANCES
+from samescore.calibrate.generation_gate import GENERATION_TOLERANCES
 from samescore.calibrate.reference import Reporter
-from samescore.calibrate.search import Choice, search
+from samescore.calibrate.search import Choice, Limit, search
 from samescore.calibrate.stages import stages_of
 from samescore.export.build import build_variant
 from samescore.export.checkpoint import Checkpoint
+from samescore.export.generator import Generator
 from samescore.export.recipes import FINER, VariantSpec
 from samescore.runtime.bundle import Bundle
 from samescore.runtime.errors import UsageError
-from samescore.runtime.manifest import Variant
+from samescore.runtime.manifest import Precision, Variant
 from samescore.runtime.prefill import Ids
 
 
-def budgets_of(specs: Sequence[VariantSpec], asked: str | None, *, allow_drift: bool) -> dict[str, Budget]:
-    """The budget of each variant whose formats are to be searched.
+def asked_formats(
+    specs: Sequence[VariantSpec],
+    checkpoint: Checkpoint,
+    *,
+    budget: str | None,
+    recipe: str | os.PathLike[str] | None,
+    allow_drift: bool,
+) -> tuple[list[VariantSpec], dict[str, Limit[Any]]]:
+    """The variants, with the formats of an earlier bundle if asked for, and the budget of each that is to be searched.
 
-    asked: `gate`, numbers, `none`, or None: the gate for every quantized variant, unless drift is allowed anyway.
-    UsageError when a budget was asked for and no variant is quantized.
+    budget: `gate`, numbers, `none`, or None: the gate for every quantized variant, unless drift is allowed anyway. recipe: the
+    earlier bundle. UsageError when both are given, or a budget and no variant is quantized.
     """
-    if asked == "none" or (asked is None and allow_drift):
-        return {}
-    found = {
-        spec.name: Budget.parse(asked or "gate", TOLERANCES[spec.precision])
-        for spec in specs
-        if spec.recipe.linear in FINER
-    }
-    if asked and not found:
+    if recipe is not None and budget is not None:
+        raise UsageError("--recipe takes formats over, --budget searches for them: name one of the two")
+    if recipe is not None:
+        return _recipes_of(recipe, specs, checkpoint), {}
+    if budget == "none" or (budget is None and allow_drift):
+        return list(specs), {}
+    limit = _token_budget if isinstance(checkpoint, Generator) else _label_budget
+    found = {spec.name: limit(budget or "gate", spec.precision) for spec in specs if spec.recipe.linear in FINER}
+    if budget and not found:
         raise UsageError(
-            f"--budget {asked} chooses number formats of a quantized variant, and {', '.join(s.name for s in specs)} "
+            f"--budget {budget} chooses number formats of a quantized variant, and {', '.join(s.name for s in specs)} "
             "quantizes nothing: name one as --variant cpu-int8, or leave --budget away"
         )
-    return found
+    return list(specs), found
 
 
-def recipes_of(path: str | os.PathLike[str], specs: Sequence[VariantSpec], checkpoint: Checkpoint) -> list[VariantSpec]:
+def _label_budget(text: str, precision: Precision) -> Limit[Any]:
+    return Budget.parse(text, TOLERANCES[precision])
+
+
+def _token_budget(text: str, precision: Precision) -> Limit[Any]:
+    return TokenBudget.parse(text, GENERATION_TOLERANCES[precision])
+
+
+def _recipes_of(
+    path: str | os.PathLike[str], specs: Sequence[VariantSpec], checkpoint: Checkpoint
+) -> list[VariantSpec]:
     """The variants with the formats that an earlier bundle's variants of the same names have.
 
     UsageError when it lacks a variant, or has formats for parts that this checkpoint's network does not have.
@@ -95,10 +116,20 @@ class Calibrated:
                 self.checkpoint, self.input_ids, grams=self.grams, workspace=self.workspace, progress=tick
             )
 
-    def within(self, spec: VariantSpec, budget: Budget) -> tuple[VariantSpec, Choice]:
-        """The variant with the formats that the budget needs, and what was found on the way."""
-        assert self.run is not None  # `export_bundle` has seen to it that there are calibration texts
-        choice = search(
+    def within(
+        self, specs: Sequence[VariantSpec], budgets: Mapping[str, Limit[Any]]
+    ) -> tuple[list[VariantSpec], dict[str, Choice[Any]]]:
+        """The variants with the formats that their budgets need, and what was found on the way."""
+        found = {spec.name: self._search(spec, budgets[spec.name]) for spec in specs if spec.name in budgets}
+        chosen = [
+            replace(spec, recipe=spec.recipe.choosing(found[spec.name].formats)) if spec.name in found else spec
+            for spec in specs
+        ]
+        return chosen, found
+
+    def _search(self, spec: VariantSpec, budget: Limit[Any]) -> Choice[Any]:
+        assert self.run is not None  # the exports have seen to it that there are calibration texts
+        return search(
             self.checkpoint,
             spec.recipe,
             budget,
@@ -109,7 +140,6 @@ class Calibrated:
             workspace=self.workspace,
             report=self.report,
         )
-        return replace(spec, recipe=spec.recipe.choosing(choice.formats)), choice
 
     def build(self, specs: Sequence[VariantSpec], folder: Path) -> list[Variant]:
         """Every variant into a bundle's folder."""

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from samescore._progress import silent, step
 from samescore.adapted import AdapterOptions
-from samescore.building import Calibrated, budgets_of, recipes_of
+from samescore.building import Calibrated, asked_formats
 from samescore.calibrate.canary import canary_json
 from samescore.calibrate.certificate import CERTIFICATE_NAME, Certificate, VariantParity, environment
 from samescore.calibrate.certify import SessionMaker, certify
@@ -142,11 +142,7 @@ def export_bundle(
         source, profile=profile, revision=revision, adapter=adapter, label_tokens=label_tokens, progress=progress
     )
     specs = chosen_specs(checkpoint, variants)
-    if recipe is not None and budget is not None:
-        raise UsageError("--recipe takes formats over, --budget searches for them: name one of the two")
-    if recipe is not None:
-        specs = recipes_of(recipe, specs, checkpoint)
-    budgets = {} if recipe is not None else budgets_of(specs, budget, allow_drift=allow_drift)
+    specs, budgets = asked_formats(specs, checkpoint, budget=budget, recipe=recipe, allow_drift=allow_drift)
     contract = contract_for(checkpoint, facts, max_tokens)
     labels = labels_for(checkpoint, facts)
     tokenizer = compact_json(checkpoint.tokenizer_bytes())
@@ -178,8 +174,7 @@ def export_bundle(
             report,
             grams=any(spec.recipe.rounding == "gptq" for spec in specs),
         )
-        found = {spec.name: calibrated.within(spec, budgets[spec.name]) for spec in specs if spec.name in budgets}
-        specs = [found[spec.name][0] if spec.name in found else spec for spec in specs]
+        specs, found = calibrated.within(specs, budgets)
         built = calibrated.build(specs, staging)
         certificate, scores = _measure(
             checkpoint,
@@ -192,7 +187,7 @@ def export_bundle(
             report=report,
             store=store,
         )
-        certificate = certificate.searched({name: choice.sensitivity for name, (_, choice) in found.items()})
+        certificate = certificate.searched({name: choice.sensitivity for name, choice in found.items()})
         certificate = replace(certificate, tokenization=tokenization)
         _gate(certificate, allow_drift)
         manifest = Manifest(
@@ -213,7 +208,7 @@ def export_bundle(
         )
         with report("writing"):
             publish(staging, target)
-    return ExportResult(target, manifest, certificate, {name: choice.time for name, (_, choice) in found.items()})
+    return ExportResult(target, manifest, certificate, {name: choice.time for name, choice in found.items()})
 
 
 def _measure(

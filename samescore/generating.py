@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 from samescore._progress import silent, step
 from samescore.adapted import AdapterOptions
-from samescore.building import Calibrated
+from samescore.building import Calibrated, asked_formats
 from samescore.calibrate.certificate import CERTIFICATE_NAME
 from samescore.calibrate.generation_golden import GOLDEN_GENERATION_NAME, write_generation_golden
 from samescore.calibrate.golden import GoldenSet, encode_golden
@@ -31,16 +31,22 @@ from samescore.runtime.tokenizer import TextEncoder
 from samescore.sources import open_source
 
 # Longer calibration texts are cut here: statistics of channels need many texts, not long ones.
-CALIBRATION_TOKENS = 512
+CALIBRATION_TOKENS = 256
+# Of each text so many beginnings are read: a search sees one next token of each, and those of few tokens say little.
+CUTS, SHORTEST_CUT = 3, 8
 
 
 @dataclass(frozen=True)
 class GeneratorExport:
-    """Where the bundle lies, what it holds, and its evidence."""
+    """Where the bundle lies, what it holds, and its evidence.
+
+    times: of each variant whose formats were searched, the time of its products over those of the plain recipe, by table.
+    """
 
     path: Path
     manifest: Manifest
     certificate: GenerationCertificate
+    times: Mapping[str, float]
 
 
 def export_generator(
@@ -54,6 +60,8 @@ def export_generator(
     max_tokens: int | None = None,
     golden: str | os.PathLike[str] | None = None,
     golden_limit: int | None = None,
+    budget: str | None = None,
+    recipe: str | os.PathLike[str] | None = None,
     allow_drift: bool = False,
     progress: bool = False,
 ) -> GeneratorExport:
@@ -64,8 +72,10 @@ def export_generator(
     revision: branch, tag or commit of a hub source. calibration: a JSONL file of texts for activation ranges (default: what
     ships). max_tokens: the most tokens of prompt and answer together (default: the profile's context, or what the checkpoint
     allows, at most 32768). golden: a JSONL file of conversations whose prompts PyTorch and the variants answer (default: what
-    ships). golden_limit: how many of them (default: 200; 0 measures nothing, and the certificate says so). allow_drift: write
-    the bundle even if a variant fails its gate.
+    ships). golden_limit: how many of them (default: 200; 0 measures nothing, and the certificate says so). budget: how far a
+    quantized variant may drift on the calibration texts, `gate` (default), `kld=5e-4` or `none`; parts of the network get finer
+    number formats where they must. recipe: a bundle whose variants' formats to take instead. allow_drift: write the bundle
+    even if a variant fails its gate; the default budget is then `none`.
 
     Raises GateError (nothing is written), CheckpointError, UsageError, InputError or MissingDependencyError.
     """
@@ -79,13 +89,14 @@ def export_generator(
     )
     assert isinstance(checkpoint, Generator)  # what `open_source` opens for this task
     specs = chosen_specs(checkpoint, variants)
+    specs, budgets = asked_formats(specs, checkpoint, budget=budget, recipe=recipe, allow_drift=allow_drift)
     contract = _context(checkpoint, facts, max_tokens)
     generation = generation_of(checkpoint, contract.max_tokens)
     tokenizer = compact_json(checkpoint.tokenizer_bytes())
     with staging_folder(target) as staging, staging_folder(target) as workspace:
-        built = _calibrated(checkpoint, specs, contract, tokenizer, calibration, facts, workspace, report).build(
-            specs, staging
-        )
+        calibrated = _calibrated(checkpoint, specs, contract, tokenizer, calibration, facts, workspace, report)
+        specs, found = calibrated.within(specs, budgets)
+        built = calibrated.build(specs, staging)
         certificate, measured_on = measure_variants(
             checkpoint, generation, tokenizer, specs, staging, report, Asked(golden, golden_limit)
         )
@@ -115,7 +126,7 @@ def export_generator(
         )
         with report("writing"):
             publish(staging, target)
-    return GeneratorExport(target, manifest, certificate)
+    return GeneratorExport(target, manifest, certificate, {name: choice.time for name, choice in found.items()})
 
 
 def _context(checkpoint: Generator, facts: Profile | None, max_tokens: int | None) -> TextContract:
@@ -145,13 +156,19 @@ def _calibrated(
             raise UsageError("there are no calibration texts; name others with --calibration")
     return Calibrated(
         checkpoint,
-        texts.input_ids(),
+        [ids[:stop] for ids in texts.input_ids() for stop in _cuts(len(ids))],
         contract.max_tokens,
         encoder.prefix_ids,
         workspace,
         report,
         grams=any(spec.recipe.rounding == "gptq" for spec in specs),
     )
+
+
+def _cuts(tokens: int) -> list[int]:
+    """Where the beginnings of a text end, its own end last."""
+    places = {tokens * part // CUTS for part in range(1, CUTS + 1)}
+    return sorted(place for place in places if place >= min(SHORTEST_CUT, tokens))
 
 
 def _plain(texts: GoldenSet) -> GoldenSet:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from samescore import export_bundle, export_generator
+from samescore import export_bundle, export_generator, load
 from samescore.cli import main
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.generation import generation_of
@@ -179,7 +179,9 @@ def test_the_profile(chat_model, tmp_path):
     ("more", "said"),
     [
         (["--label-tokens", "a,b"], "--label-tokens is for classifiers"),
-        (["--budget", "gate"], "--budget is for classifiers"),
+        (["--budget", "p99=1e-3"], "'p99' is none of gate, kld"),
+        (["--budget", "gate", "--recipe", "b"], "--recipe takes formats over, --budget searches for them"),
+        (["--budget", "gate", "--variant", "cpu-fp32"], "quantizes nothing"),
         (["--golden-limit", "-3"], "--golden-limit must be 0 (measure nothing) or more"),
         (["--variant", "migraphx-fp16"], "unknown variant 'migraphx-fp16'; variants are cpu-int8, cpu-fp32, cpu-int4"),
     ],
@@ -189,6 +191,20 @@ def test_arguments_of_classifiers(chat_model, tmp_path, capsys, more, said):
     assert main([*arguments, *more]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_finer_formats_inside_a_budget(chat_model, tmp_path, capsys):
+    """Searched once, taken over the second time; the manifest names them."""
+    arguments = ["export", str(chat_model), "--profile", "civic-aligned", "--variant", "cpu-int8"]
+    plain = export_generator(chat_model, tmp_path / "plain", variants=["cpu-int8"], budget="none")
+    assert "parts" not in plain.manifest.variants[0].recipe
+    assert main([*arguments, "-o", str(tmp_path / "a"), "--budget", "kld=6e-5"]) == 0
+    assert " parts finer (" in capsys.readouterr().out
+    assert main([*arguments, "-o", str(tmp_path / "b"), "--recipe", str(tmp_path / "a")]) == 0
+    first, second = (Bundle(tmp_path / name).manifest.variants[0].recipe for name in "ab")
+    assert first == second and "model.layers." in first["parts"]
+    finer, again = (load(tmp_path / name).generate("a", max_tokens=3, temperature=0).token_ids for name in "ab")
+    assert finer == again
 
 
 def test_what_generates_nothing(bert_checkpoint, llama_base, tmp_path):

@@ -20,8 +20,6 @@ GELU_ZERO_POINT = 32
 GELU_MINIMUM = 0.17
 # SmoothQuant's alpha for inputs that lose their mean first, and for those that do not.
 ALPHA_CENTRED, ALPHA = 0.65, 0.7
-# A gated feed-forward is computed in this many slices of its inner channels, each with its own activation scales.
-FFN_SLICES = 4
 # What a low digit's step is of a high digit's: the rest after rounding is half a step, the digits reach to 127.
 DIGIT = np.float32(254)
 
@@ -54,8 +52,8 @@ class RowInt8Linears:
     - after a GELU neither can pass through, but the rounding of the weights moves the output's mean by a known
       amount, which is taken off the bias.
 
-    A gated feed-forward's inner channels are sorted by size and sliced, so that the few channels with massive
-    activations have scales of their own.
+    A gated feed-forward's inner channels are sorted by size and cut into `recipe.slices`, so that the few channels with
+    massive activations have scales of their own.
     """
 
     def __init__(self, g: GraphBuilder, statistics: Mapping[str, ChannelStatistics] | None):
@@ -101,13 +99,13 @@ class RowInt8Linears:
         """See Linears. In slices of the inner channels, largest activations first."""
         g = self.g
         (gate, up, down), inner = self._rescaled_gate(prefix, weights, rescaled)
-        order = np.arange(len(down))
-        if inner is not None and self.statistics is not None:
+        order, slices = np.arange(len(down)), g.recipe.slices
+        if slices > 1 and inner is not None and self.statistics is not None:
             spread = self.statistics[f"{prefix}.down_proj"].uncentred().spread / inner.scale
             order = np.argsort(-spread, kind="stable")
         rows = self._quantize(x, after_gelu=False)
         total = None
-        for number, chosen in enumerate(np.array_split(order, FFN_SLICES)):
+        for number, chosen in enumerate(np.array_split(order, slices)):
             chosen = np.sort(chosen)
             names = [f"{prefix}.{part}.{number}" for part in ("gate_proj", "up_proj", "down_proj")]
             activated = silu(
@@ -184,8 +182,8 @@ class RowInt8Linears:
         zero_point = GELU_ZERO_POINT if after_gelu else SIGNED_ZERO_POINT
         key = (id(x), zero_point)
         if key not in self._quantized:
-            scale = self._row_scale(x, after_gelu=after_gelu)
-            flat = g.op("Squeeze", scale, g.ints(1))
+            flat = self._row_scale(x, after_gelu=after_gelu)
+            scale = g.op("Unsqueeze", flat, g.ints(1))
             # QuantizeLinear wants the zero point in the shape of the scale.
             zero_points = g.op("Expand", g.constant([zero_point], np.uint8), g.op("Shape", x, start=0, end=1))
             values = g.op("QuantizeLinear", x, flat, zero_points, axis=0)
@@ -193,15 +191,14 @@ class RowInt8Linears:
         return self._quantized[key]
 
     def _row_scale(self, x: ir.Value, *, after_gelu: bool) -> ir.Value:
-        """One scale per row, float32 [rows, 1]."""
+        """One scale per row, float32 [rows]."""
         g = self.g
-        top = g.op("ReduceMax", x, g.ints(1), keepdims=1)
         if after_gelu:
+            top = g.op("ReduceMax", x, g.ints(1), keepdims=0)
             step = g.op("Mul", top, g.constant(1 / (255 - GELU_ZERO_POINT), np.float32))
             return g.op("Max", step, g.constant(GELU_MINIMUM / GELU_ZERO_POINT, np.float32))
-        bottom = g.op("Neg", g.op("ReduceMin", x, g.ints(1), keepdims=1))
-        peak = g.op("Max", top, bottom, g.constant(1e-8, np.float32))
-        return g.op("Mul", peak, g.constant(1 / 127, np.float32))
+        peak = g.op("ReduceMax", g.op("Abs", x), g.ints(1), keepdims=0)
+        return g.op("Max", g.op("Mul", peak, g.constant(1 / 127, np.float32)), g.constant(1e-10, np.float32))
 
 
 class RowDigitLinears(RowInt8Linears):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from samescore.commands.output import EXIT_OK, label_mass
+from samescore.runtime.manifest import Manifest
 
 
 def add(commands: Any) -> None:
@@ -138,11 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(parity_table(result.certificate.variants))
     if said := tokenization_line(result.certificate.tokenization):
         print(said)
-    for variant in result.manifest.variants:
-        if parts := variant.recipe.get("parts"):
-            time = result.times.get(variant.name)
-            cost = f" ({time:.1f} x the plain recipe's products, by table)" if time else ""
-            print(f"{variant.name:<15}{len(parts.split())} parts finer{cost}: {parts}")
+    _say_finer(result.manifest, result.times)
     if said := label_mass(dataclasses.asdict(result.certificate.reference)):
         print(f"label mass     {said}")
     print(f"{result.path}: {len(result.manifest.files) + 1} files, {size / 1e6:.1f} MB")
@@ -151,8 +149,17 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _say_finer(manifest: Manifest, times: Mapping[str, float]) -> None:
+    """A line for each variant with parts in finer formats. times: over the plain recipe's, of those that were searched."""
+    for variant in manifest.variants:
+        if parts := variant.recipe.get("parts"):
+            time = times.get(variant.name)
+            cost = f" ({time:.1f} x the plain recipe's products, by table)" if time else ""
+            print(f"{variant.name:<15}{len(parts.split())} parts finer{cost}: {parts}")
+
+
 # Arguments that say how a classifier is read or measured.
-_OF_CLASSIFIERS = ("adapter_subfolder", "base", "label_tokens", "budget", "recipe")
+_OF_CLASSIFIERS = ("adapter_subfolder", "base", "label_tokens")
 
 
 def _task(arguments: argparse.Namespace) -> str:
@@ -185,10 +192,13 @@ def _generate(arguments: argparse.Namespace) -> int:
         max_tokens=arguments.max_tokens,
         golden=arguments.golden,
         golden_limit=sys.maxsize if arguments.golden_limit == "all" else arguments.golden_limit,
+        budget=arguments.budget,
+        recipe=arguments.recipe,
         allow_drift=arguments.allow_drift,
         progress=True,
     )
     print(generation_table(result.certificate.variants))
+    _say_finer(result.manifest, result.times)
     size = sum(entry.size for entry in result.manifest.files.values())
     print(f"{result.path}: {len(result.manifest.files) + 1} files, {size / 1e6:.1f} MB")
     if not result.certificate.measured:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from samescore.calibrate.effects import Effects
+from samescore.calibrate.effects import LabelEffects
 from samescore.calibrate.frontier import make_frontier, time_of
 from samescore.export.recipes import variant_spec
 
@@ -17,19 +17,19 @@ CHECKPOINT = SimpleNamespace(names=lambda: list(SHAPES), shape=SHAPES.__getitem_
 def effects_of(**sizes):
     """Effects on p = 1/2: a logit difference of 2d moves it by d / 2."""
     clean = np.zeros((4, 2), np.float32)
-    changed = {
-        (name.partition("__")[0], name.partition("__")[2].replace("_", "-")): clean + np.array([[d, -d]], np.float32)
-        for name, d in sizes.items()
-    }
-    return Effects(clean, changed, "softmax")
+    effects = LabelEffects(clean, "softmax")
+    for name, d in sizes.items():
+        part, _, number_format = name.partition("__")
+        effects.add((part, number_format.replace("_", "-")), clean + np.array([[d, -d]], np.float32))
+    return effects
 
 
 def test_predictions_add_squares():
     effects = effects_of(a__int8_row=3e-3, a__int8_row_a16=0, b__int8_row=4e-3, b__int8_row_a16=0)
     frontier = make_frontier(CHECKPOINT, RECIPE, effects)
-    assert frontier.predicted(0)["mean_abs_dp"] == pytest.approx(2.5e-3, rel=1e-4)
-    assert frontier.steps[0].part == "b" and frontier.predicted(1)["max_abs_dp"] == pytest.approx(1.5e-3, rel=1e-4)
-    assert frontier.predicted(2)["p99_abs_dp"] == 0
+    assert frontier.predicted(0).mean_abs_dp == pytest.approx(2.5e-3, rel=1e-4)
+    assert frontier.steps[0].part == "b" and frontier.predicted(1).max_abs_dp == pytest.approx(1.5e-3, rel=1e-4)
+    assert frontier.predicted(2).p99_abs_dp == 0
     assert effects.sensitivity(RECIPE) == {"a": pytest.approx(1.5e-3, rel=1e-4), "b": pytest.approx(2e-3, rel=1e-4)}
 
 
@@ -49,7 +49,7 @@ def test_steps_follow_the_convex_hull():
     # A part has its last step's format; parts come in the network's order.
     assert frontier.choices(3) == {"a": "int16-row", "b": "int16-row"}
     assert list(frontier.choices(4)) == ["a", "b", "embed"]
-    assert frontier.predicted(4)["max_abs_dp"] == 0
+    assert frontier.predicted(4).max_abs_dp == 0
 
 
 def test_time_counts_products_and_no_embedding():

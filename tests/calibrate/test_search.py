@@ -6,14 +6,17 @@ import pytest
 import samescore.calibrate.search as search_module
 from samescore._progress import silent
 from samescore.calibrate.activations import collect_statistics
-from samescore.calibrate.budget import FEW_SAFETY, MANY, MANY_SAFETY, Budget, Spent, expected_disagreement
-from samescore.calibrate.effects import float_recipe, part_effects, parts_of
+from samescore.calibrate.budget import FEW_SAFETY, MANY, MANY_SAFETY, Budget, TokenBudget
+from samescore.calibrate.effects import LabelEffects, TokenEffects, float_recipe, part_effects, parts_of
 from samescore.calibrate.frontier import weights_of
 from samescore.calibrate.gate import TOLERANCES
+from samescore.calibrate.generation_gate import GENERATION_TOLERANCES
 from samescore.calibrate.search import BUILDS, effect_texts, fewest, search
+from samescore.calibrate.spent import Spent, expected_disagreement
 from samescore.calibrate.stages import read_model
 from samescore.export.build import build_graph
 from samescore.export.checkpoint import Checkpoint
+from samescore.export.generator import Generator
 from samescore.export.recipes import variant_spec
 from samescore.export.scorer import TokenScorer
 from samescore.runtime.errors import GateError, UsageError
@@ -142,7 +145,7 @@ def whole(checkpoint, ids, statistics, folder, recipe):
 def test_stages_see_what_the_whole_graph_does(subject, tmp_path):
     checkpoint, ids, run = subject
     parts = parts_of(checkpoint)
-    effects = part_effects(checkpoint, RECIPE, ids, run.statistics, workspace=tmp_path, report=silent)
+    effects = part_effects(checkpoint, RECIPE, ids, run.statistics, LabelEffects, workspace=tmp_path, report=silent)
     assert list(dict.fromkeys(part for part, _ in effects.changed)) == parts
     assert all(weights_of(checkpoint, part) > 0 for part in parts)
     np.testing.assert_allclose(effects.logits, run.logits, atol=1e-6)
@@ -180,6 +183,51 @@ def test_a_search_stays_inside_its_budget(subject, recipe, tmp_path):
 
 def search_for(recipe, budget, checkpoint, ids, run, folder):
     return search(checkpoint, recipe, budget, ids, run, max_tokens=64, prefix=None, workspace=folder, report=silent)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["cpu-int8", "cpu-int4"])
+@pytest.mark.parametrize("model", ["language_model", "qwen3_5_checkpoint"])
+def test_a_language_model_stays_inside_its_budget(model, name, request, tmp_path):
+    """By the divergence of the next token's distribution over the whole vocabulary; the table is left as it is."""
+    checkpoint = Generator(Checkpoint(request.getfixturevalue(model)))
+    recipe = variant_spec(name, "generate").recipe
+    random = np.random.default_rng(5)
+    ids = [random.integers(5, checkpoint.config["vocab_size"], size=n).astype(np.int64) for n in (3, 9, 20, 33, 40)]
+    run = collect_statistics(checkpoint, ids)
+    free = search_for(recipe, TokenBudget(1.0), checkpoint, ids, run, tmp_path)
+    assert free.formats == {} and free.spent > 0
+    effects = part_effects(checkpoint, recipe, ids, run.statistics, TokenEffects, workspace=tmp_path, report=silent)
+    layers = [part for part in parts_of(checkpoint) if "embed" not in part]
+    assert list(effects.sensitivity(recipe)) == layers and min(effects.sensitivity(recipe).values()) > 0
+    # Of a random model the parts' divergences are hardly independent; the order of magnitude is theirs.
+    assert free.spent / 4 < effects.predicted(dict.fromkeys(layers, recipe.linear)) < 4 * free.spent
+    budget = TokenBudget(free.spent)
+    tight = search_for(recipe, budget, checkpoint, ids, run, tmp_path)
+    assert tight.formats and budget.excess(tight.spent) <= 1 and not any("embed" in part for part in tight.formats)
+    with pytest.raises(GateError, match="the mean divergence is"):
+        search_for(recipe, TokenBudget(1e-12), checkpoint, ids, run, tmp_path)
+
+
+def test_token_budgets():
+    tolerance = GENERATION_TOLERANCES["int8"]
+    assert TokenBudget.parse("gate", tolerance) == TokenBudget(1e-3)
+    assert TokenBudget.parse("kld=5e-4", tolerance).excess(FEW_SAFETY * 5e-4) == pytest.approx(1)
+    for text, said in (
+        ("p99=1", "'p99' is none of gate, kld"),
+        ("kld=x", "'x' is no number"),
+        ("kld=0", "more than 0"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            TokenBudget.parse(text, tolerance)
+    logits = np.array([[0.0, 1.0, 3.0]], np.float32)
+    assert TokenBudget.spent(logits, logits, "softmax") == 0
+    # Σ p log(p / q), by hand in float64.
+    p, q = (np.exp(x) / np.exp(x).sum() for x in (np.array([0.0, 1.0, 3.0]), np.array([0.0, 1.5, 3.0])))
+    assert TokenBudget.spent(logits, logits + np.float32([0, 0.5, 0]), "softmax") == pytest.approx(
+        (p * np.log(p / q)).sum()
+    )
+    assert TokenBudget.spent(logits, logits * np.float32(np.nan), "softmax") == np.inf
 
 
 def test_few_texts_measure_the_effects_of_a_large_model(subject, monkeypatch):
