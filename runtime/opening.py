@@ -63,14 +63,19 @@ def hand_over_weights(options: Any, model: ModelBytes, target: str) -> bool:
     return False
 
 
-def options_for(ort: Any, target: str, intra_op_threads: int, low_memory: bool) -> Any:
-    """`onnxruntime.SessionOptions` for a target, with so many threads per call."""
+def options_for(ort: Any, target: str, intra_op_threads: int, low_memory: bool, *, spinning: bool = False) -> Any:
+    """`onnxruntime.SessionOptions` for a target, with so many threads per call.
+
+    spinning: threads wait for a call's next operator without giving the CPU away; between calls they never do.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1
     # Spinning pools of several sessions, or next to other work, slow each other.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    if spinning:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     # Borrow the mapped weights instead of copying them (ONNX Runtime >= 1.31; older ones ignore the entry).
     options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
     if low_memory:
