@@ -39,8 +39,7 @@ class Session:
 
     target: `cpu`, `cuda`, `migraphx`, or another provider by ONNX Runtime's name. dimensions: sizes of the graph's free
     dimensions by name (`batch`, `sequence`), which makes it static. options: the provider's own options, by ONNX Runtime's
-    names; they go over `DEFAULT_OPTIONS`. spinning: threads wait for the next operator without giving the CPU away, for calls of
-    many short operators. `placement` says where the nodes lie, None on `cpu` and where ONNX Runtime does
+    names; they go over `DEFAULT_OPTIONS`. `placement` says where the nodes lie, None on `cpu` and where ONNX Runtime does
     not tell.
 
     Raises ProviderError where the provider cannot be had, knows an option not, or leaves operators that compute to the CPU;
@@ -56,10 +55,11 @@ class Session:
         low_memory: bool = False,
         dimensions: Mapping[str, int] | None = None,
         options: Mapping[str, str] | None = None,
-        spinning: bool = False,
     ):
         ort = import_onnxruntime()
-        session_options = options_for(ort, target, intra_op_threads, low_memory, spinning=spinning)
+        # One token at a time is hundreds of operators that are shorter than waking a thread takes.
+        decodes = b"total_lengths" in model.graph and intra_op_threads > 1
+        session_options = options_for(ort, target, intra_op_threads, low_memory, spinning=decodes)
         for name, size in (dimensions or {}).items():
             session_options.add_free_dimension_override_by_name(name, size)
         if target == "cpu" and b"MatMulIntegerToFloat" in model.graph and u8s8_saturates():

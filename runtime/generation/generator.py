@@ -74,9 +74,7 @@ class Generator:
 
             def attempt(chosen: Variant, target: str, last: bool) -> Session:
                 model = bundle.model(chosen)
-                return Session(
-                    model, target, intra_op_threads=self.threads, low_memory=low_memory, spinning=self.threads > 1
-                )
+                return Session(model, target, intra_op_threads=self.threads, low_memory=low_memory)
 
             self.variant, self.target, session, _ = open_first(bundle.manifest, provider, variant, attempt)
         context = min(self.generation.context, self.variant.max_tokens or self.generation.context)
