@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ def ours(arguments: argparse.Namespace) -> None:
 def genai(arguments: argparse.Namespace) -> None:
     """onnxruntime-genai's own builder: int8, without the head that drafts tokens."""
     options = ["-i", str(arguments.checkpoint), "-o", str(arguments.output), "-p", "int8", "-e", "cpu"]
-    cache = arguments.output / "cache"
-    sys.argv = ["builder", *options, "-c", str(cache), "--extra_options", "exclude_mtp=true"]
-    runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+    options += ["-c", str(arguments.output / "cache"), "--extra_options", "exclude_mtp=true"]
+    # In a process and a folder of its own: transformers would take `kernels.py` beside this file for a package.
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *options]
+    subprocess.run(command, check=True, stdout=sys.stderr, cwd=arguments.output)
 
 
 def gguf(arguments: argparse.Namespace) -> None:

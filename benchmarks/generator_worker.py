@@ -157,6 +157,7 @@ class LlamaCpp:
         self.model = llama_cpp.llama_model_load_from_file(str(arguments.model / "model.gguf").encode(), options)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = settings.n_batch = arguments.context
+        settings.n_outputs_max = 1  # else it reserves logits for every token of a batch
         settings.n_threads = settings.n_threads_batch = arguments.threads
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         if not self.context:

@@ -123,7 +123,7 @@ def run(steps: Mapping[str, Step], arguments: argparse.Namespace) -> None:
     """Run one step, say what it cost."""
     started = time.perf_counter()
     steps[arguments.step](arguments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
     print(json.dumps({"seconds": time.perf_counter() - started, "peak_rss_mib": peak}))
 
 

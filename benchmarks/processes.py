@@ -113,10 +113,11 @@ def peer_python(name: str) -> Path:
     if not stamp.is_file() or stamp.read_text() != wanted:
         say(f"installing benchmarks/peers/{name}.txt into an environment of its own")
         for command in (
-            [sys.executable, "-m", "venv", str(VENVS / name)],
+            [sys.executable, "-m", "venv", "--clear", str(VENVS / name)],
             [str(python), "-m", "pip", "install", "--quiet", "-r", str(requirements)],
         ):
-            done = subprocess.run(command, capture_output=True, text=True)
+            environment = {**os.environ, "PEERS": str(PEERS)}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise RuntimeError(f"no environment for {name}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
         stamp.write_text(wanted)
