@@ -19,13 +19,10 @@ Prints a table for people; the last line of stdout is one JSON document.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
 import platform
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -33,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from processes import PEERS, Worker, Workshop, checkpoint_key, peer_python, say
 
 HERE = Path(__file__).resolve().parent
 WORKER, PREPARE = HERE / "llama_worker.py", HERE / "llama_prepare.py"
-REQUIREMENTS = HERE / "peers" / "openvino.txt"
-OPENVINO_VENV = HERE.parent / ".cache" / "venvs" / "openvino"
+REQUIREMENTS = PEERS / "openvino.txt"
 
 DEFAULT = ("ours", "torch-fp32", "torch-bf16", "openvino-w8", "openvino-w8a8")
 KNOWN = (*DEFAULT, "openvino-fp32")
@@ -86,75 +83,16 @@ class Row:
     logits: list[list[float]] = field(default_factory=list)
 
 
-class Worker:
-    """A contender's process. RuntimeError when it does not answer or answers with an error."""
-
-    def __init__(self, python: Path, arguments: list[str], environment: dict[str, str], log: Path):
-        started = time.perf_counter()
-        self.log = log
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                [str(python), str(WORKER), *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, **environment},
-            )
-        self.startup = self._reply()
-        self.startup["start_s"] = time.perf_counter() - started
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """The reply to a request."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the missing reply says so, with the end of the log
-        return self._reply()
-
-    def _reply(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            last = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
-            raise RuntimeError(f"the process ended with {code}: {last[0][:300]}")
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise RuntimeError(reply["error"])
-        return reply
-
-    def cpu_seconds(self) -> float:
-        """CPU time used so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def close(self) -> None:
-        """End the process: it stops when its stdin ends."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.close()
-            self.process.wait(timeout=60)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
-            self.process.kill()
-
-
 class Models:
     """Models made in the work folder, once for each key (checkpoint, calibration and options)."""
 
     def __init__(self, arguments: argparse.Namespace, calibration: list[list[int]]):
         self.arguments = arguments
-        self.work: Path = arguments.work
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.calibration = self.work / "calibration.json"
+        self.workshop = Workshop(arguments.work)
+        self.calibration: Path = arguments.work / "calibration.json"
         self.calibration.write_text(json.dumps(calibration))
-        files = [*sorted(arguments.checkpoint.glob("*.safetensors")), arguments.checkpoint / "config.json"]
-        stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        inputs = [stamps, calibration, *([arguments.label_tokens] if arguments.label_tokens else [])]
-        self.key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-        self.built: dict[str, dict[str, Any]] = {}
+        labels = [arguments.label_tokens] if arguments.label_tokens else []
+        self.key = checkpoint_key(arguments.checkpoint, calibration, labels)
 
     def ours(self, variant: str) -> Path:
         """A variant of samescore's, of the checkpoint's classifier or of the one that label tokens make of it."""
@@ -168,7 +106,7 @@ class Models:
 
     def openvino(self, step: str) -> Path:
         """OpenVINO's model, quantized as `step` says."""
-        python = openvino_python()
+        python = peer_python("openvino")
         options = [step, "--source", str(self.plain()), "--calibration", str(self.calibration)]
         return self._made(f"openvino-{step}-{self.arguments.openvino_graph}", python, options)
 
@@ -177,51 +115,13 @@ class Models:
 
     def _made(self, name: str, python: Path, options: list[str]) -> Path:
         """The folder of a model; made now unless one with the same key is there."""
-        folder, stamp = self.work / name, self.work / name / "built.json"
         key = f"{self.key} {REQUIREMENTS.read_text() if options[0] in ('w8', 'w8a8') else ''}"
-        if stamp.is_file() and (found := json.loads(stamp.read_text()))["key"] == key:
-            self.built[name] = found["cost"]
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        say(f"making {name}")
-        log = self.work / f"{name}.log"
-        with log.open("w") as errors:
-            command = [str(python), str(PREPARE), *options, "--output", str(folder)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        if done.returncode:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
-            raise RuntimeError(f"making {name} ended with {done.returncode}: {last[0][:300]}")
-        self.built[name] = json.loads(done.stdout.splitlines()[-1])
-        stamp.write_text(json.dumps({"key": key, "cost": self.built[name]}))
-        return folder
-
-
-def say(message: str) -> None:
-    """Progress, for people."""
-    print(message, file=sys.stderr, flush=True)
+        return self.workshop.made(name, key, [str(python), str(PREPARE), *options])
 
 
 def kind(contender: str) -> str:
     """`ours`, `torch` or `openvino`."""
     return contender.partition("-")[0]
-
-
-def openvino_python() -> Path:
-    """The interpreter of OpenVINO's own environment, which is made when it is missing or its requirements changed."""
-    python, stamp = OPENVINO_VENV / "bin" / "python", OPENVINO_VENV / "requirements.txt"
-    wanted = REQUIREMENTS.read_text()
-    if not stamp.is_file() or stamp.read_text() != wanted:
-        say("installing OpenVINO and NNCF into an environment of their own")
-        for command in (
-            [sys.executable, "-m", "venv", str(OPENVINO_VENV)],
-            [str(python), "-m", "pip", "install", "--quiet", "-r", str(REQUIREMENTS)],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"no environment for OpenVINO: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-        stamp.write_text(wanted)
-    return python
 
 
 def random_texts(config: dict[str, Any], lengths: list[int], seed: int) -> list[list[int]]:
@@ -268,7 +168,7 @@ def start(name: str, models: Models, arguments: argparse.Namespace, config: dict
         if arguments.torch_wait == "passive":
             environment["OMP_WAIT_POLICY"] = "PASSIVE"
     elif kind(name) == "openvino":
-        python = openvino_python()
+        python = peer_python("openvino")
         precision = "f32" if name == "openvino-fp32" else precision
     options = ["--threads", str(arguments.threads), "--precision", precision]
     pad = config.get("pad_token_id")
@@ -276,7 +176,11 @@ def start(name: str, models: Models, arguments: argparse.Namespace, config: dict
     if arguments.label_ids:
         options += ["--label-ids", *map(str, arguments.label_ids)]
     worker = Worker(
-        python, [kind(name), "--model", str(folder), *options], environment, arguments.work / f"worker-{name}.log"
+        python,
+        WORKER,
+        [kind(name), "--model", str(folder), *options],
+        environment,
+        arguments.work / f"worker-{name}.log",
     )
     suffixes = (".safetensors", ".onnx", ".data", ".xml", ".bin")
     sizes = [file.stat().st_size for file in folder.iterdir() if file.suffix in suffixes]
@@ -466,7 +370,7 @@ class Benchmark:
                 w.name: {"lengths": [len(ids) for ids in w.texts], "prefix": w.prefix} for w in self.workloads
             },
             "environment": environment(self.arguments.threads),
-            "built": self.models.built,
+            "built": self.models.workshop.built,
             "contenders": self.contenders,
             "rows": self.results(),
         }

@@ -15,11 +15,14 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+Step = Callable[[argparse.Namespace], None]
 
 
 def read_calibration(path: Path) -> list[Any]:
@@ -27,10 +30,23 @@ def read_calibration(path: Path) -> list[Any]:
     return [np.asarray(ids, dtype=np.int64) for ids in json.loads(path.read_text())]
 
 
-def ours(arguments: argparse.Namespace) -> None:
-    """A variant of samescore's, smoothed from the calibration sequences where its recipe smooths."""
+def build_calibrated(
+    checkpoint: Any, recipe: Any, arguments: argparse.Namespace, max_tokens: int | None = None
+) -> None:
+    """A graph, its recipe calibrated on the random sequences where it asks for that."""
     from samescore.calibrate.activations import collect_statistics
     from samescore.export.build import build_graph
+
+    statistics = None
+    if recipe.smoothing:
+        sequences, grams = read_calibration(arguments.calibration), recipe.rounding == "gptq"
+        run = collect_statistics(checkpoint, sequences, grams=grams, workspace=arguments.output)
+        statistics = run.statistics
+    build_graph(checkpoint, recipe, arguments.output, statistics=statistics, max_tokens=max_tokens)
+
+
+def ours(arguments: argparse.Namespace) -> None:
+    """A variant of samescore's, smoothed from the calibration sequences where its recipe smooths."""
     from samescore.export.checkpoint import Checkpoint
     from samescore.export.recipes import variant_spec
     from samescore.export.scorer import TokenScorer
@@ -38,12 +54,7 @@ def ours(arguments: argparse.Namespace) -> None:
     checkpoint = Checkpoint(arguments.checkpoint)
     if arguments.label_tokens:
         checkpoint = TokenScorer(checkpoint, arguments.label_tokens)
-    recipe = variant_spec(arguments.variant).recipe
-    statistics = None
-    if recipe.smoothing is not None:
-        sequences = read_calibration(arguments.calibration)
-        statistics = collect_statistics(checkpoint, sequences, workspace=arguments.output).statistics
-    build_graph(checkpoint, recipe, arguments.output, statistics=statistics)
+    build_calibrated(checkpoint, variant_spec(arguments.variant).recipe, arguments)
 
 
 def plain(arguments: argparse.Namespace) -> None:
@@ -96,21 +107,31 @@ def w8a8(arguments: argparse.Namespace) -> None:
 STEPS = {step.__name__: step for step in (ours, plain, traced, w8, w8a8)}
 
 
-def main() -> None:
+def parser(steps: Mapping[str, Step], description: str | None) -> argparse.ArgumentParser:
+    """The command line of a preparing script."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("step", choices=steps)
+    found.add_argument("--checkpoint", type=Path)
+    found.add_argument("--variant", default="cpu-int8")
+    found.add_argument("--source", type=Path)
+    found.add_argument("--calibration", type=Path)
+    found.add_argument("--output", type=Path, required=True)
+    return found
+
+
+def run(steps: Mapping[str, Step], arguments: argparse.Namespace) -> None:
     """Run one step, say what it cost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=STEPS)
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--variant", default="cpu-int8")
-    parser.add_argument("--label-tokens", nargs="+", help="ours: the labels of a language model")
-    parser.add_argument("--source", type=Path)
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
     started = time.perf_counter()
-    STEPS[arguments.step](arguments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    steps[arguments.step](arguments)
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
     print(json.dumps({"seconds": time.perf_counter() - started, "peak_rss_mib": peak}))
+
+
+def main() -> None:
+    """One step."""
+    options = parser(STEPS, __doc__)
+    options.add_argument("--label-tokens", nargs="+", help="ours: the labels of a language model")
+    run(STEPS, options.parse_args())
 
 
 if __name__ == "__main__":

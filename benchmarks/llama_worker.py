@@ -21,10 +21,9 @@ import hashlib
 import json
 import mmap
 import os
-import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,16 +35,8 @@ class OursWorker:
     """A graph of samescore's in a folder, through the runtime's own calls; no tokenizer and no manifest needed."""
 
     def __init__(self, model: Path, threads: int, precision: str, pad: int):
-        from samescore.runtime.bundle import ModelBytes
-
-        with (model / "model.onnx.data").open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        # A bundle is hashed before it is used; what that costs in time and mapped pages belongs to loading.
-        started = time.perf_counter()
-        hashlib.sha256(data).digest()
-        verified = time.perf_counter() - started
         self.threads = threads
-        self.bytes = ModelBytes(graph=(model / "model.onnx").read_bytes(), data={"model.onnx.data": data})
+        self.bytes, verified = verified_bytes(model)
         self.sessions: dict[int, Any] = {}
         self.states: dict[bytes, Any] = {}
         state = self.session(threads).has_state
@@ -217,6 +208,21 @@ class OpenVinoWorker:
 WORKERS = {"ours": OursWorker, "torch": TorchWorker, "openvino": OpenVinoWorker}
 
 
+def verified_bytes(model: Path) -> tuple[Any, float]:
+    """A graph of samescore's with its data, and the seconds that hashing took.
+
+    A bundle is hashed before it is used; what that costs in time and mapped pages belongs to loading.
+    """
+    from samescore.runtime.bundle import ModelBytes
+
+    with (model / "model.onnx.data").open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    started = time.perf_counter()
+    hashlib.sha256(data).digest()
+    seconds = time.perf_counter() - started
+    return ModelBytes(graph=(model / "model.onnx").read_bytes(), data={"model.onnx.data": data}), seconds
+
+
 def padded(texts: Sequence[Any], pad: int) -> tuple[Any, Any]:
     """Ids, padded on the right, and mask int64 [texts, longest]."""
     ids = np.full((len(texts), max(map(len, texts))), pad, np.int64)
@@ -235,8 +241,8 @@ def feeds(ids: Any, mask: Any) -> dict[str, Any]:
 def memory() -> dict[str, float]:
     """Resident memory of this process, private and file-backed, and its peak, in MiB."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    found = {f"rss_{kind.lower()}_mib": int(fields[f"Rss{kind}"].split()[0]) / 1024 for kind in ("Anon", "File")}
-    return found | {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    names = {"rss_anon_mib": "RssAnon", "rss_file_mib": "RssFile", "peak_rss_mib": "VmHWM"}
+    return {name: int(fields[field].split()[0]) / 1024 for name, field in names.items()}
 
 
 def answer(worker: Any, request: dict[str, Any]) -> dict[str, Any]:
@@ -257,6 +263,19 @@ def answer(worker: Any, request: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "logits": [[float(value) for value in row] for row in rows]}
 
 
+def serve(load: Callable[[], Any], answer: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> None:
+    """Load a contender and say how it went; then answer each line of stdin until it ends."""
+    # Libraries that print must not disturb the replies.
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    started = time.perf_counter()
+    worker = load()
+    seconds = time.perf_counter() - started
+    print(json.dumps({"load_s": seconds, "memory": memory(), "details": worker.details}), file=replies)
+    for line in sys.stdin:
+        print(json.dumps(answer(worker, json.loads(line))), file=replies)
+
+
 def main() -> None:
     """Load, then answer until stdin ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -267,19 +286,11 @@ def main() -> None:
     parser.add_argument("--pad", type=int, default=0, help="the token that pads batches")
     parser.add_argument("--label-ids", type=int, nargs="+", help="score these tokens of a language model")
     arguments = parser.parse_args()
-    # Libraries that print must not disturb the replies.
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    started = time.perf_counter()
     settings = (arguments.model, arguments.threads, arguments.precision)
     if arguments.contender == "torch" and arguments.label_ids:
-        worker: Any = TorchScorerWorker(*settings, arguments.label_ids)
+        serve(lambda: TorchScorerWorker(*settings, arguments.label_ids), answer)
     else:
-        worker = WORKERS[arguments.contender](*settings, arguments.pad)
-    load = time.perf_counter() - started
-    print(json.dumps({"load_s": load, "memory": memory(), "details": worker.details}), file=replies)
-    for line in sys.stdin:
-        print(json.dumps(answer(worker, json.loads(line))), file=replies)
+        serve(lambda: WORKERS[arguments.contender](*settings, arguments.pad), answer)
 
 
 if __name__ == "__main__":

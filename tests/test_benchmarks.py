@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from .conftest import label_tokens, train_tokenizer
+from .conftest import label_tokens, tiny_qwen3_5, train_tokenizer
 
 pytest.importorskip("torch")
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
@@ -74,6 +74,52 @@ def test_scorer(llama_base, tmp_path):
     (saving,) = document["prefix_saves"]
     assert saving["workload"] == "article of 8" and saving["share"] < 1
     assert saving["max_logit_change"] < 1e-5
+
+
+def test_generator(tmp_path):
+    """Reading and writing, ours against PyTorch, and ours behind longer texts."""
+    checkpoint = tiny_qwen3_5(tmp_path / "checkpoint", multimodal=True)
+    command = [sys.executable, str(BENCHMARKS / "generator.py"), "--checkpoint", str(checkpoint)]
+    command += ["--work", str(tmp_path / "work"), "--contenders", "ours-int8,torch-bf16", "--rounds", "2"]
+    command += ["--lengths", "16,32", "--prompt", "8", "--decode", "4", "--contexts", "20,300"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    rows = {(row["workload"], row["contender"]): row for row in document["rows"]}
+    both, alone = ("read 16", "read 32", "write 4"), ("write 4 at 20", "write 4 at 300")
+    assert set(rows) == {
+        *((workload, name) for workload in both for name in ("ours-int8", "torch-bf16")),
+        *((workload, "ours-int8") for workload in alone),
+    }
+    for (workload, name), row in rows.items():
+        assert len(row["times"]) == 2 and row["tokens_per_s"] > 0 and row["peak_rss_mib"] > 10
+        assert ("over_shortest" in row) == (workload in alone)
+        assert set(row.get("ratios", ())) == ({"torch-bf16"} if name == "ours-int8" and workload in both else set())
+    for entry in document["contenders"].values():
+        assert "error" not in entry
+        assert entry["load_s"] > 0 and entry["file_mib"] > 0 and entry["idle_cpu"] < 0.2
+
+
+def test_generator_compares_numbers(llama_base, tmp_path):
+    """With PyTorch in float32 among the contenders: the same logits and the same tokens. Another cannot be made, and says so."""
+    config = json.loads((llama_base / "config.json").read_text())
+    work = tmp_path / "work"
+    (work / "cpu-int8").mkdir(parents=True)
+    (work / "cpu-int8.log").mkdir()  # where nothing can be written
+    command = [sys.executable, str(BENCHMARKS / "generator.py"), "--checkpoint", str(llama_base), "--work", str(work)]
+    command += ["--contenders", "ours-int8,ours-fp32,torch-fp32", "--rounds", "1", "--lengths", "16"]
+    command += ["--prompt", "8", "--decode", "4", "--contexts", "20"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["config"]["vocab_size"] == config["vocab_size"]
+    rows = {(row["workload"], row["contender"]): row for row in document["rows"]}
+    assert rows["read 16", "ours-fp32"]["max_logit_difference"] < 1e-4
+    assert rows["read 16", "ours-fp32"]["kld"] < 1e-8 and rows["read 16", "ours-fp32"]["same_top"]
+    assert rows["write 4", "ours-fp32"]["same_tokens"] == 5
+    for workload in ("read 16", "write 4", "write 4 at 20"):
+        assert "cpu-int8.log" in rows[workload, "ours-int8"]["error"]
+    assert "cpu-int8.log" in document["contenders"]["ours-int8"]["error"]
 
 
 GPU = [sys.executable, str(BENCHMARKS / "gpu.py")]
