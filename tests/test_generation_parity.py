@@ -174,12 +174,13 @@ def test_what_drifts_is_kept_only_when_allowed(tmp_path, monkeypatch):
     # Random models' distributions are so flat that rounding hardly moves them.
     strict = replace(GENERATION_TOLERANCES["int4"], mean_kld=1e-6)
     monkeypatch.setitem(GENERATION_TOLERANCES, "int4", strict)
+    options = {"variants": ["cpu-int4"], "golden_limit": 2, "max_tokens": 128}
     with pytest.raises(GateError, match="cpu-int4: mean KLD"):
-        export_generator(folder, tmp_path / "out" / "b", variants=["cpu-int4"], golden_limit=2, max_tokens=128)
+        export_generator(folder, tmp_path / "out" / "b", **options, budget="none")
+    with pytest.raises(GateError, match="no choice of formats stays inside the budget"):
+        export_generator(folder, tmp_path / "out" / "b", **options)
     assert not list((tmp_path / "out").iterdir())
-    result = export_generator(
-        folder, tmp_path / "b", variants=["cpu-int4"], golden_limit=2, max_tokens=128, allow_drift=True
-    )
+    result = export_generator(folder, tmp_path / "b", **options, allow_drift=True)
     assert not result.certificate.passed and "FAILED; mean KLD" in (result.path / "README.md").read_text()
     assert main(["verify", str(result.path)]) == 1
 
