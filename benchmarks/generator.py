@@ -51,6 +51,8 @@ from llama import (
 )
 from processes import PEERS, Worker, Workshop, checkpoint_key, peer_python, say
 
+from samescore.export.generation import DEFAULT_CONTEXT
+
 HERE = Path(__file__).resolve().parent
 WORKER, PREPARE = HERE / "generator_worker.py", HERE / "generator_prepare.py"
 DEFAULT = ("ours-int8", "ours-int4", "ours-fp32", "torch-bf16", "genai-int8", "llama.cpp-q8_0")
@@ -124,8 +126,8 @@ class Models:
         self.calibration: Path = arguments.work / "calibration.json"
         self.calibration.write_text(json.dumps(calibration))
         self.key = checkpoint_key(arguments.checkpoint, calibration)
-        # So that other lengths seldom need another model.
-        self.context = 1 << (longest - 1).bit_length()
+        # An export's own, and more only when it must be, so that other lengths seldom need another model.
+        self.context = max(DEFAULT_CONTEXT, 1 << (longest - 1).bit_length())
 
     def of(self, name: str) -> tuple[Path, Path]:
         """The interpreter and the model's folder."""
