@@ -64,17 +64,17 @@ def test_budgets():
 
 @pytest.mark.parametrize(("labels", "activation"), [(2, "softmax"), (5, "softmax"), (3, "sigmoid")])
 def test_expected_disagreement_is_what_happens_to_many_texts(labels, activation):
-    """Counted over many texts; of a hundred of them, where some three labels change, the estimate is still near."""
+    """Counted over many texts, those near ties moving further; of a hundred of them the estimate is still near."""
     random = np.random.default_rng(labels)
     logits = random.normal(0, 2, (60_000, labels))
-    changes = random.normal(0, 0.05, logits.shape)
+    changes = random.normal(0, 0.05, logits.shape) * (1 + np.exp(-np.abs(logits).max(axis=1, keepdims=True)))
     after = logits + changes
     same = (logits > 0) == (after > 0) if activation == "sigmoid" else (logits.argmax(1) == after.argmax(1))[:, None]
     counted = 1 - same.all(axis=1).mean()
     many = [expected_disagreement(logits[i : i + 100], changes[i : i + 100], activation) for i in range(0, 20_000, 100)]
-    assert np.mean(many) == pytest.approx(counted, rel=0.05)
-    # Of a hundred counted texts the number itself is uncertain by its root.
-    assert np.std(many) < 0.8 * np.sqrt(counted / 100)
+    assert np.mean(many) == pytest.approx(counted, rel=0.2)
+    # A hundred texts where it is counted tell it no nearer than its root.
+    assert np.std(many) < 0.4 * np.sqrt(counted / 100)
 
 
 def test_what_lost_texts_spend():
@@ -83,7 +83,9 @@ def test_what_lost_texts_spend():
     assert Spent.of(logits, logits, "softmax") == Spent(0, 0, 0, 0)
     assert Spent.of(logits, broken, "softmax").max_abs_dp == 1.0
     for activation in ("softmax", "sigmoid"):
-        assert Spent.of(logits, broken, activation).disagreement >= 0.25
+        assert Spent.of(logits, broken, activation).disagreement == 0.5
+    assert Spent.of(logits, logits * np.float32(np.nan), "softmax").disagreement == 1
+    assert expected_disagreement(np.zeros((3, 2)), np.ones((3, 2)) * [0, 1], "softmax") == 1
     assert expected_disagreement(np.ones((3, 1)), np.ones((3, 1)), "softmax") == 0
 
 
