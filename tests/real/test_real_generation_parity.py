@@ -13,8 +13,8 @@ ASSETS = Path(__file__).parent.parent.parent / ".cache" / "assets"
 pytestmark = [pytest.mark.real, pytest.mark.torch, pytest.mark.slow]
 
 
-def test_float32_and_the_default_int8_pass(tmp_path):
-    """Few calibration texts and few answers, so that the search takes a minute; docs/generator.md has more of both."""
+def test_float32_passes_and_plain_int8_does_not(tmp_path):
+    """What the search makes of int8 takes minutes more than a test should: docs/generator.md has its numbers."""
     checkpoint = ASSETS / "smollm2-base"
     if not checkpoint.exists():
         pytest.skip("smollm2-base is not built: run `make assets`")
@@ -27,16 +27,15 @@ def test_float32_and_the_default_int8_pass(tmp_path):
         max_tokens=1024,
         calibration=tmp_path / "texts.jsonl",
         golden_limit=8,
+        budget="none",
+        allow_drift=True,
     )
     parity = result.certificate.variants
     exact, rounded = parity["cpu-fp32"].drift, parity["cpu-int8"].drift
-    assert parity["cpu-fp32"].outcome == parity["cpu-int8"].outcome == "PASS"
+    assert parity["cpu-fp32"].outcome == "PASS" and parity["cpu-int8"].outcome == "FAIL"
     assert exact.answers.max_kld < 1e-6 and exact.greedy.outside == 0
-    # Measured on 30 answers: 8.4e-4, which is 0.86 of the model's own bfloat16.
-    assert 1e-5 < rounded.answers.mean_kld <= 1e-3 and rounded.answers_noise_ratio < 2
-    assert rounded.greedy.outside == 0
-    (int8,) = (variant for variant in result.manifest.variants if variant.name == "cpu-int8")
-    assert "=int16-row" in int8.recipe["parts"] and result.times["cpu-int8"] > 1
+    # Measured: 1.6e-2.
+    assert 1e-3 < rounded.answers.mean_kld < 5e-2
     again = verify(result.path).certificate.variants
     for name, before in parity.items():
         assert again[name].drift.answers.mean_kld <= before.drift.answers.mean_kld + 1e-9
