@@ -61,6 +61,12 @@ class Verdict:
         return self.outcome != "FAIL"
 
 
+def _limit(value: float) -> str:
+    """One digit, or two where it has two."""
+    short = f"{value:.0e}"
+    return short if float(short) == value else f"{value:.1e}"
+
+
 def judge(drift: Drift, tolerance: Tolerance) -> Verdict:
     """Compare a drift with a tolerance."""
     failures, notes = [], []
@@ -70,7 +76,7 @@ def judge(drift: Drift, tolerance: Tolerance) -> Verdict:
         measured, allowed = getattr(drift, name), getattr(tolerance, name)
         # `not <=` so that a NaN fails.
         if allowed is not None and not measured <= allowed:
-            failures.append(f"{name} {measured:.2e} > {allowed:.0e}")
+            failures.append(f"{name} {measured:.2e} > {_limit(allowed)}")
     flipped = len(drift.flips)
     outside = sum(flip.margin > tolerance.near_tie for flip in drift.flips)
     excused = flipped - outside <= NEAR_TIE_FLIPS * drift.texts or flipped - outside == 1
