@@ -49,7 +49,7 @@ from llama import (
     numbers,
     random_texts,
 )
-from processes import PEERS, Worker, Workshop, checkpoint_key, peer_python, say
+from processes import PEERS, Worker, Workshop, checkpoint_key, chosen, peer_python, say
 
 from samescore.export.generation import DEFAULT_CONTEXT
 
@@ -373,20 +373,12 @@ def report(document: dict[str, Any]) -> None:
             print(f"{head}{entry['memory']['load']['peak_rss_mib']:>12.0f}{entry.get('idle_cpu', 0):>10.2f}")
 
 
-def names(text: str) -> list[str]:
-    """Contenders."""
-    found = text.split(",")
-    if unknown := [name for name in found if name not in KNOWN]:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(KNOWN)}")
-    return found
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a language model's folder")
     parser.add_argument("--work", type=Path, default=HERE.parent / ".cache" / "generator", help="where models are kept")
-    parser.add_argument("--contenders", type=names, default=list(DEFAULT))
+    parser.add_argument("--contenders", type=chosen(KNOWN), default=list(DEFAULT))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=11)

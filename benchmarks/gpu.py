@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 from llama import environment, numbers, random_texts
+from processes import chosen
 from synthesize import ASSETS, MODELS, QWEN_4B, QwenShape, Shape, copy_tokenizer
 from tokenizers import Tokenizer
 
@@ -367,18 +368,6 @@ def report(document: dict[str, Any]) -> None:
         print(f"{head}{row['seconds'] * 1e3:>10.2f} ms{ratios}")
     for failure in document["failures"]:
         print(f"{failure['model']:<19}{failure['contender']:<20}{failure['shape']}: {failure['error']}")
-
-
-def chosen(known: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """An argument's type: names, comma-separated."""
-
-    def parsed(text: str) -> list[str]:
-        found = [name for name in text.split(",") if name]
-        if unknown := [name for name in found if name not in known]:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
-        return found
-
-    return parsed
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from processes import PEERS, Worker, Workshop, checkpoint_key, peer_python, say
+from processes import PEERS, Worker, Workshop, checkpoint_key, chosen, peer_python, say
 
 HERE = Path(__file__).resolve().parent
 WORKER, PREPARE = HERE / "llama_worker.py", HERE / "llama_prepare.py"
@@ -454,20 +454,12 @@ def group(text: str) -> tuple[int, list[int]]:
     return numbers(prefix)[0], numbers(responses)
 
 
-def names(text: str) -> list[str]:
-    """Contenders."""
-    found = text.split(",")
-    if unknown := [name for name in found if name not in KNOWN]:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(KNOWN)}")
-    return found
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a LlamaForSequenceClassification folder")
     parser.add_argument("--work", type=Path, default=HERE.parent / ".cache" / "llama", help="where models are kept")
-    parser.add_argument("--contenders", type=names, default=list(DEFAULT))
+    parser.add_argument("--contenders", type=chosen(KNOWN), default=list(DEFAULT))
     parser.add_argument("--variant", default="cpu-int8", help="of ours")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

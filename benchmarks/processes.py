@@ -1,7 +1,8 @@
-"""What the benchmarks of several processes share: contenders that answer JSON lines, peers' environments, models made once."""
+"""What several benchmarks share: processes that answer JSON lines, peers' environments, models made once, names asked for."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,18 @@ def peer_python(name: str) -> Path:
                 raise RuntimeError(f"no environment for {name}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
         stamp.write_text(wanted)
     return python
+
+
+def chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """An argument's type: some of these names, comma-separated."""
+
+    def parsed(text: str) -> list[str]:
+        found = [name for name in text.split(",") if name]
+        if unknown := [name for name in found if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+        return found
+
+    return parsed
 
 
 def last_line(log: Path) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from llama import Benchmark, Workload, kind, numbers, random_texts, report
+from processes import chosen
 
 HERE = Path(__file__).resolve().parent
 CONTENDERS = ("ours-int8", "ours-fp32", "torch-fp32", "torch-bf16")
@@ -83,21 +84,13 @@ class ScorerBenchmark(Benchmark):
         return found
 
 
-def contenders(text: str) -> list[str]:
-    """Names of CONTENDERS."""
-    found = text.split(",")
-    if unknown := [name for name in found if name not in CONTENDERS]:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
-    return found
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a language model's folder")
     parser.add_argument("--label-tokens", type=lambda text: text.split(","), default=list("01234"))
     parser.add_argument("--work", type=Path, default=HERE.parent / ".cache" / "scorer", help="where models are kept")
-    parser.add_argument("--contenders", type=contenders, default=list(CONTENDERS))
+    parser.add_argument("--contenders", type=chosen(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=11)
