@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from samescore.calibrate.stages import Flow, exact_recipe, result_name, stage_feeds, stage_session, stages_of
 from samescore.export.checkpoint import Checkpoint
+from samescore.export.generator import Generator
 from samescore.export.quantize import ChannelStatistics
 from samescore.export.recipes import INPUT, TAPS, tap_name
 from samescore.runtime.prefill import Ids
@@ -40,6 +41,9 @@ def collect_statistics(
 ) -> CalibrationRun:
     """Run the float32 graph over texts' ids int64 [sequence]; a text weighs as much as any other.
 
+    Of language models, which read from left to right, a text that the next one goes on with counts for its logits alone:
+    its activations come again.
+
     The graph is built in a temporary folder below `workspace`, run on each text, and removed; where the architecture has
     stages, one after the other, so that one stage's weights are in memory and on disk at a time. grams: also the Gram
     matrix of each layer's input. It takes 4 K² bytes for K channels, in memory for one stage at a time and on the disk of
@@ -48,16 +52,25 @@ def collect_statistics(
     inputs: list[Flow] = [ids[None, :] for ids in input_ids]
     found: dict[str, ChannelStatistics] = {}
     recipe = replace(exact_recipe(), rounding="gptq" if grams else "nearest")
+    counts = _counts(input_ids) if isinstance(checkpoint, Generator) else [True] * len(inputs)
     for stage in stages_of(checkpoint):
         with stage_session(checkpoint, recipe, stage, workspace, taps=True) as session:
             result, taps = result_name(session), _Taps(session)
             for number, value in enumerate(inputs):
-                inputs[number], *values = session.run_outputs([result, *taps.names], stage_feeds(session, value))
-                taps.add(values)
+                names = [result, *taps.names] if counts[number] else [result]
+                inputs[number], *values = session.run_outputs(names, stage_feeds(session, value))
+                if counts[number]:
+                    taps.add(values)
                 if progress is not None:
                     progress()
         found |= taps.statistics(workspace)
     return CalibrationRun(found, np.concatenate(inputs).astype(np.float32))
+
+
+def _counts(input_ids: Sequence[Ids]) -> list[bool]:
+    """Of each text whether it is more than the beginning of the next."""
+    following = [*input_ids[1:], np.empty(0, np.int64)]
+    return [not np.array_equal(ids, other[: len(ids)]) for ids, other in zip(input_ids, following, strict=True)]
 
 
 class _Taps:

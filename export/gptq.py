@@ -9,12 +9,23 @@ It lowers `sum of (X W - X W')^2` over the inputs X of calibration texts, of whi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from samescore.export.quantize import BLOCK4, STEPS4, Blocks4, FloatArray, fit_blocks4, pack_blocks4
+from samescore.export.quantize import (
+    BLOCK4,
+    INT8_MAX,
+    STEPS4,
+    Blocks4,
+    FloatArray,
+    Int8Array,
+    fit_blocks4,
+    pack_blocks4,
+    quantize_columns,
+)
 from samescore.runtime.errors import CheckpointError
 
 # Added to the diagonal of H, as a share of its mean (Frantar et al.); more where float32 sums left H too far from definite.
@@ -28,24 +39,50 @@ GROUP = 32
 def gptq_blocks4(weight: FloatArray, gram: FloatArray) -> Blocks4:
     """The format of `quantize_blocks4` for a weight float32 [K, N] and inputs with the Gram matrix [K, K], of any scale.
 
-    Scales and zero points are those of the nearest rounding, so that the order of the channels is free: those with the most
-    power first, while all others can still make up for them (the authors' `act_order`).
+    Scales and zero points are those of the nearest rounding, so that the order of the channels is free.
     """
     scales, zeros = fit_blocks4(weight)
+    steps = np.empty(weight.shape, np.uint8)
+
+    def nearest(channel: int, wanted: FloatArray) -> FloatArray:
+        scale, zero = scales[channel // BLOCK4], zeros[channel // BLOCK4]
+        step = np.clip(np.rint(wanted / scale) + zero, 0, STEPS4)
+        steps[channel] = step
+        value: FloatArray = (step - zero) * scale
+        return value
+
+    _round_in_turn(weight, gram, nearest)
+    return pack_blocks4(steps, scales, zeros)
+
+
+def gptq_columns(weight: FloatArray, gram: FloatArray) -> tuple[Int8Array, FloatArray]:
+    """The format of `quantize_columns`, and its scales; arguments as `gptq_blocks4`."""
+    steps, scale = quantize_columns(weight)
+
+    def nearest(channel: int, wanted: FloatArray) -> FloatArray:
+        step = np.clip(np.rint(wanted / scale), -INT8_MAX, INT8_MAX)
+        steps[channel] = step
+        value: FloatArray = step * scale
+        return value
+
+    _round_in_turn(weight, gram, nearest)
+    return steps, scale
+
+
+def _round_in_turn(weight: FloatArray, gram: FloatArray, nearest: Callable[[int, FloatArray], FloatArray]) -> None:
+    """Round every channel (row) of a weight [K, N]: those with the most power first, while all others can still make up for
+    them (the authors' `act_order`). nearest: takes a channel and its wanted weights [N], and returns what they become.
+    """
     order = np.argsort(-np.diagonal(gram), kind="stable")
     factor = feedback(gram[np.ix_(order, order)])
-    rows, block = weight[order], order // BLOCK4
-    errors, steps = np.zeros_like(rows), np.empty(weight.shape, np.uint8)
+    rows = weight[order]
+    errors = np.zeros_like(rows)
     for start in range(0, len(rows), GROUP):
         group = slice(start, start + GROUP)
         wanted = rows[group] + factor[:start, group].T @ errors[:start]
         for k, target in enumerate(wanted, start):
-            scale, zero = scales[block[k]], zeros[block[k]]
             target += factor[start:k, k] @ errors[start:k]
-            step = np.clip(np.rint(target / scale) + zero, 0, STEPS4)
-            errors[k] = rows[k] - (step - zero) * scale
-            steps[order[k]] = step
-    return pack_blocks4(steps, scales, zeros)
+            errors[k] = rows[k] - nearest(int(order[k]), target)
 
 
 def feedback(gram: FloatArray) -> FloatArray:

@@ -31,6 +31,15 @@ class ChannelStatistics:
         result: FloatArray = np.maximum(self.high - self.mean, self.mean - self.low)
         return result
 
+    def gram_of(self, rescaling: Rescaling | None) -> FloatArray | None:
+        """The Gram matrix [K, K] of the rescaled inputs, where there is one."""
+        if self.gram is None or rescaling is None:
+            return self.gram
+        shift, scale = rescaling.shift, rescaling.scale
+        crossed = np.outer(shift, self.mean)
+        gram: FloatArray = (self.gram - crossed - crossed.T + np.outer(shift, shift)) / scale[:, None] / scale
+        return gram
+
     def uncentred(self) -> ChannelStatistics:
         """The same with mean 0, so that `spread` is the largest magnitude."""
         return replace(self, mean=np.zeros_like(self.mean))

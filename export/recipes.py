@@ -44,8 +44,8 @@ class Recipe:
     half: linear layers compute in float16; norms, softmax and the residual stream stay float32.
     smoothing: whether scales from calibration texts are folded in: int8 activations are smoothed (and centred, where the
       architecture can), rounded weights favour channels with large activations.
-    rounding: of `int4-blocks` weights: to the nearest, or by GPTQ where calibration texts give a Gram matrix. A tapped graph
-      of a recipe with GPTQ also outputs what the Gram matrices are made of.
+    rounding: of `int4-blocks`, `int8-row` and `int8-row-a16` weights: to the nearest, or by GPTQ where calibration texts give
+      a Gram matrix. A tapped graph of a recipe with GPTQ also outputs what the Gram matrices are made of.
     state: decoders also take and return their KV cache, for shared prefixes and for long texts in chunks.
     padding: the fused graph of an encoder also takes `lengths`, so that a batch may be padded; those of decoders always do.
     chunked: fused linear attention is one GatedDeltaNet operator, of which ONNX Runtime has no CPU kernel, and not
@@ -205,7 +205,7 @@ VARIANTS: tuple[VariantSpec, ...] = (
     ),
 )
 # Of language models that generate text. Their layers are the classifiers' but for slices, which cost one token at a time more
-# than they gain; one table in blocks of int8 serves as embedding and as head.
+# than they gain, and for GPTQ; one table in blocks of int8 serves as embedding and as head.
 GENERATION_VARIANTS: tuple[VariantSpec, ...] = (
     VariantSpec(
         "cpu-int8",
@@ -218,11 +218,13 @@ GENERATION_VARIANTS: tuple[VariantSpec, ...] = (
             opset=21,
             ir_version=10,
             smoothing=True,
+            rounding="gptq",
             state=True,
             block=32,
             slices=1,
         ),
-        "CPU, int8 weights and activations; embedding and head in blocks of 32, the head reads activations of two int8 digits",
+        "CPU, int8 weights rounded by GPTQ, int8 activations; embedding and head in blocks of 32, the head reads activations "
+        "of two int8 digits",
     ),
     _CPU_FP32,
     VariantSpec(

@@ -190,10 +190,9 @@ class Blocks4Linears(WeightOnlyLinears):
         return _matmul_nbits(self.g, x, name, weight, 4, *blocks)
 
     def _gram(self, site: str, rescaled: Rescaling | None) -> FloatArray | None:
-        gram = None if self.statistics is None else self.statistics[site].gram
-        if gram is None or self.g.recipe.rounding == "nearest":
+        if self.statistics is None or self.g.recipe.rounding == "nearest":
             return None
-        return gram if rescaled is None else gram / rescaled.scale[:, None] / rescaled.scale
+        return self.statistics[site].gram_of(rescaled)
 
 
 def _matmul_nbits(

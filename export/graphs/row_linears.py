@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from samescore.export.gptq import gptq_columns
 from samescore.export.graphs.blocks import FloatArray, GraphBuilder
 from samescore.export.graphs.linears import GatedWeights, silu, smoothing
-from samescore.export.quantize import ChannelStatistics, Rescaling, quantize_columns
+from samescore.export.quantize import ChannelStatistics, Int8Array, Rescaling, quantize_columns
 
 # uint8 activations: zero point 128 splits the range evenly for signed values.
 SIGNED_ZERO_POINT = 128
@@ -85,11 +86,13 @@ class RowInt8Linears:
     ) -> ir.Value:
         """See Linears."""
         g, name = self.g, name or site
+        rescaling = None
         if not after_gelu:
-            x, weight, bias = self._rescaled(x, site, weight, bias, rescaled)
-        values, column_scale = quantize_columns(weight)
+            rescaling = rescaled or self.rescaling(site, weight)
+            x, weight, bias = self._rescaled(x, site, weight, bias, rescaling, folded=rescaled is not None)
+        values, column_scale = self._rounded(weight, site, rescaling)
         if after_gelu:
-            bias = self._unbiased(bias, site, weight)
+            bias = self._unbiased(bias, site, weight - values * column_scale)
         rows = self._quantize(x, after_gelu=after_gelu)
         zero_point = GELU_ZERO_POINT if after_gelu else SIGNED_ZERO_POINT
         y = g.op("Mul", self._multiply(rows.values, name, values, column_scale, zero_point), rows.scale)
@@ -108,25 +111,36 @@ class RowInt8Linears:
         for number, chosen in enumerate(np.array_split(order, slices)):
             chosen = np.sort(chosen)
             names = [f"{prefix}.{part}.{number}" for part in ("gate_proj", "up_proj", "down_proj")]
-            activated = silu(
-                g, g.op("Mul", self._raw(rows, names[0], np.ascontiguousarray(gate[:, chosen])), rows.scale)
+            gate_rounded, up_rounded = (
+                self._rounded(np.ascontiguousarray(matrix[:, chosen]), f"{prefix}.gate_up", rescaled)
+                for matrix in (gate, up)
             )
+            gate_rows = self._multiply(rows.values, names[0], *gate_rounded, SIGNED_ZERO_POINT)
+            activated = silu(g, g.op("Mul", gate_rows, rows.scale))
             # The row's scale passes through `up` and the rounding: it is multiplied in once, behind `down`.
-            product = g.op("Mul", activated, self._raw(rows, names[1], np.ascontiguousarray(up[:, chosen])))
-            hidden = self._quantize(product, after_gelu=False)
-            y = g.op("Mul", self._raw(hidden, names[2], down[chosen]), g.op("Mul", hidden.scale, rows.scale))
+            up_rows = self._multiply(rows.values, names[1], *up_rounded, SIGNED_ZERO_POINT)
+            hidden = self._quantize(g.op("Mul", activated, up_rows), after_gelu=False)
+            rounded = self._rounded(down[chosen], f"{prefix}.down_proj", inner, chosen)
+            y = self._multiply(hidden.values, names[2], *rounded, SIGNED_ZERO_POINT)
+            y = g.op("Mul", y, g.op("Mul", hidden.scale, rows.scale))
             total = y if total is None else g.op("Add", total, y)
         assert total is not None
         return total
 
     def _rescaled(
-        self, x: ir.Value, site: str, weight: FloatArray, bias: FloatArray | None, rescaled: Rescaling | None
+        self,
+        x: ir.Value,
+        site: str,
+        weight: FloatArray,
+        bias: FloatArray | None,
+        rescaling: Rescaling | None,
+        *,
+        folded: bool,
     ) -> tuple[ir.Value, FloatArray, FloatArray | None]:
-        """The input shifted and smoothed, unless its producer did that, and the weight and bias that undo it."""
-        rescaling = rescaled or self.rescaling(site, weight)
+        """The input shifted and smoothed, unless its producer did that (folded), and the weight and bias that undo it."""
         if rescaling is None:
             return x, weight, bias
-        if rescaled is None:
+        if not folded:
             g = self.g
             centred = g.op("Sub", x, g.weight(f"{site}.shift", rescaling.shift))
             x = g.op("Mul", centred, g.weight(f"{site}.smoothing", 1 / rescaling.scale))
@@ -146,17 +160,23 @@ class RowInt8Linears:
             up, down = up / inner.scale, down * inner.scale[:, None]
         return GatedWeights(gate, up, down), inner
 
-    def _unbiased(self, bias: FloatArray | None, site: str, weight: FloatArray) -> FloatArray | None:
-        """The bias without what the rounding of the weight adds to the output's mean, where calibration tells."""
+    def _unbiased(self, bias: FloatArray | None, site: str, lost: FloatArray) -> FloatArray | None:
+        """The bias without what the rounding of the weight (lost [K, N]) takes off the output's mean, where calibration tells."""
         if bias is None or self.statistics is None:
             return bias
-        values, column_scale = quantize_columns(weight)
-        unbiased: FloatArray = bias + self.statistics[site].mean @ (weight - values * column_scale)
+        unbiased: FloatArray = bias + self.statistics[site].mean @ lost
         return unbiased
 
-    def _raw(self, rows: _QuantizedRows, name: str, weight: FloatArray) -> ir.Value:
-        """The product without the rows' scales."""
-        return self._multiply(rows.values, name, *quantize_columns(weight), SIGNED_ZERO_POINT)
+    def _rounded(
+        self, weight: FloatArray, site: str, rescaling: Rescaling | None, channels: npt.NDArray[np.intp] | None = None
+    ) -> tuple[Int8Array, FloatArray]:
+        """int8 [K, N] and column scales [N] of a weight whose input was rescaled so. channels: which of the site's."""
+        gram = None
+        if self.statistics is not None and self.g.recipe.rounding == "gptq":
+            gram = self.statistics[site].gram_of(rescaling)
+        if gram is None:
+            return quantize_columns(weight)
+        return gptq_columns(weight, gram if channels is None else gram[np.ix_(channels, channels)])
 
     def _multiply(
         self,
@@ -205,13 +225,22 @@ class RowDigitLinears(RowInt8Linears):
     """Activations in two int8 digits, `x = scale (q1 + q2 / 254)`, and weights in one or two: int8 products, 15-bit numbers.
 
     Both digits of the activations go through one product, one below the other, so that the weights are read once. The
-    product of the two low digits is left out: it is below the rounding of either.
+    product of the two low digits is left out: it is below the rounding of either. GPTQ rounds int8 weights as they are:
+    activations of two digits need no smoothing, which would make the weights harder to round.
     """
 
     def __init__(self, g: GraphBuilder, statistics: Mapping[str, ChannelStatistics] | None, *, wide_weights: bool):
         super().__init__(g, statistics)
         self.wide_weights = wide_weights
         self._digits: dict[int, _Digits] = {}
+
+    def rescaling(
+        self, site: str, weight: FloatArray, *, centred: bool = True, tied: tuple[int, int] | None = None
+    ) -> Rescaling | None:
+        """See RowInt8Linears."""
+        if self.g.recipe.rounding == "gptq" and not self.wide_weights:
+            return None
+        return super().rescaling(site, weight, centred=centred, tied=tied)
 
     def __call__(
         self,
@@ -225,26 +254,35 @@ class RowDigitLinears(RowInt8Linears):
         rescaled: Rescaling | None = None,
     ) -> ir.Value:
         """See Linears."""
-        name = name or site
+        rescaling = None
         if not after_gelu:
-            x, weight, bias = self._rescaled(x, site, weight, bias, rescaled)
-        elif not self.wide_weights:
-            bias = self._unbiased(bias, site, weight)
-        y = self._product(x, name, weight)
-        return y if bias is None else self.g.op("Add", y, self.g.weight(f"{name}.bias", bias))
+            rescaling = rescaled or self.rescaling(site, weight)
+            x, weight, bias = self._rescaled(x, site, weight, bias, rescaling, folded=rescaled is not None)
+        values, scale = self._digits_of(weight, site, rescaling)
+        if after_gelu and not self.wide_weights:
+            bias = self._unbiased(bias, site, weight - values * scale)
+        y = self._product(x, name or site, weight, values, scale)
+        return y if bias is None else self.g.op("Add", y, self.g.weight(f"{name or site}.bias", bias))
 
     def gated(self, x: ir.Value, prefix: str, weights: GatedWeights, rescaled: Rescaling | None) -> ir.Value:
         """See Linears."""
         g = self.g
-        (gate, up, down), _ = self._rescaled_gate(prefix, weights, rescaled)
-        activated = silu(g, self._product(x, f"{prefix}.gate_proj", gate))
-        product = g.op("Mul", activated, self._product(x, f"{prefix}.up_proj", up))
-        return self._product(product, f"{prefix}.down_proj", down)
+        (gate, up, down), inner = self._rescaled_gate(prefix, weights, rescaled)
 
-    def _product(self, x: ir.Value, name: str, weight: FloatArray) -> ir.Value:
-        """`x [rows, K] @ weight [K, N]`."""
+        def product(x: ir.Value, part: str, site: str, weight: FloatArray, rescaling: Rescaling | None) -> ir.Value:
+            return self._product(x, f"{prefix}.{part}", weight, *self._digits_of(weight, f"{prefix}.{site}", rescaling))
+
+        activated = silu(g, product(x, "gate_proj", "gate_up", gate, rescaled))
+        wide = g.op("Mul", activated, product(x, "up_proj", "gate_up", up, rescaled))
+        return product(wide, "down_proj", "down_proj", down, inner)
+
+    def _digits_of(self, weight: FloatArray, site: str, rescaling: Rescaling | None) -> tuple[Int8Array, FloatArray]:
+        """The weight's high digits and column scales; where low digits follow, the nearest ones."""
+        return quantize_columns(weight) if self.wide_weights else self._rounded(weight, site, rescaling)
+
+    def _product(self, x: ir.Value, name: str, weight: FloatArray, values: Int8Array, scale: FloatArray) -> ir.Value:
+        """`x [rows, K] @ weight [K, N]`; values, scale: the weight's high digits."""
         g, digits = self.g, self._split(x)
-        values, scale = quantize_columns(weight)
         both = self._multiply(digits.both, name, values, scale, SIGNED_ZERO_POINT)
         high, low = g.op_many("Split", both, outputs=2, axis=0, num_outputs=2)
         y = g.op("Add", high, g.op("Mul", low, g.constant(1 / DIGIT, np.float32)))

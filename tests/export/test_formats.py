@@ -20,10 +20,10 @@ RECIPE = variant_spec("cpu-int8").recipe
 K, N, ROWS = 96, 40, 7
 
 
-def run(folder, number_format, emit, x, statistics=None, choices=()):
+def run(folder, number_format, emit, x, statistics=None, **recipe):
     """The output of a graph that `emit(linears, x)` makes, on rows x."""
     weights = WeightFile(folder / "model.onnx.data")
-    recipe = replace(RECIPE, linear=number_format, smoothing=statistics is not None, choices=choices)
+    recipe = replace(RECIPE, linear=number_format, smoothing=statistics is not None, **recipe)
     g = GraphBuilder(weights, recipe)
     rows = g.input("x", ir.DataType.FLOAT, ["rows", x.shape[1]])
     g.output(emit(make_linears(g, statistics=statistics), rows), "y", ir.DataType.FLOAT, ["rows", None])
@@ -60,6 +60,34 @@ def test_the_error_of_a_product(tmp_path, number_format, least, most, calibrated
         tmp_path, number_format, lambda f, r: f(r, "site", weight, bias), x, statistics_of(x) if calibrated else None
     )
     assert least <= error(y, x.astype(np.float64) @ weight + bias) <= most
+
+
+@pytest.mark.parametrize("number_format", ["int8-row", "int8-row-a16"])
+@pytest.mark.parametrize("layer", ["linear", "gated", "slices"])
+def test_gptq_rounds_by_what_is_multiplied(tmp_path, number_format, layer):
+    """Centred, smoothed, in slices of sorted channels: each has the Gram matrix of the inputs as they are then."""
+    chance = np.random.default_rng(4)
+    x = (chance.normal(size=(400, K // 4)) @ chance.normal(size=(K // 4, K)) + 3).astype(np.float32)
+    weights = [chance.normal(size=shape).astype(np.float32) for shape in ((K, 2 * K), (K, 2 * K), (2 * K, N))]
+    weights[0] /= 10
+    wide = x.astype(np.float64)
+    a = wide @ weights[0]
+    hidden = a / (1 + np.exp(-a)) * (wide @ weights[1])
+    statistics = {
+        site: ChannelStatistics(*(f(rows, axis=0).astype(np.float32) for f in (np.min, np.max, np.mean)), gram)
+        for site, rows in (("site", x), ("mlp.gate_up", x), ("mlp.down_proj", hidden))
+        for gram in [(rows.T @ rows / len(rows)).astype(np.float32)]
+    }
+    found = {}
+    for rounding in ("nearest", "gptq"):
+        folder = tmp_path / rounding
+        folder.mkdir()
+        emit, exact = (lambda f, r: f(r, "site", weights[0])), a
+        if layer != "linear":
+            emit, exact = (lambda f, r: f.gated(r, "mlp", GatedWeights(*weights), None)), hidden @ weights[2]
+        options = {"slices": 3 if layer == "slices" else 1, "rounding": rounding}
+        found[rounding] = error(run(folder, number_format, emit, x, statistics, **options), exact)
+    assert found["gptq"] < (0.6 if number_format == "int8-row-a16" else 0.95) * found["nearest"]
 
 
 def test_two_digits_leave_nothing_of_the_activations_error(tmp_path):

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samescore.export.gptq import DAMPING, feedback, gptq_blocks4
+from samescore.export.gptq import DAMPING, feedback, gptq_blocks4, gptq_columns
 from samescore.export.graphs.blocks import GraphBuilder
 from samescore.export.graphs.formats import make_linears
-from samescore.export.quantize import BLOCK4, Blocks4, ChannelStatistics, Rescaling, quantize_blocks4
+from samescore.export.quantize import BLOCK4, Blocks4, ChannelStatistics, Rescaling, quantize_blocks4, quantize_columns
 from samescore.export.recipes import variant_spec
 from samescore.export.weights import WeightFile
 from samescore.runtime.errors import CheckpointError
@@ -51,13 +51,31 @@ def test_it_loses_much_less_on_correlated_inputs(seed, channels):
     assert loss(other, weight, gptq) < 0.5 * loss(other, weight, quantize_blocks4(weight))
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([64, 100, 130]))
+def test_int8_columns_lose_much_less_too(seed, channels):
+    """With the scales of the nearest rounding, inside its range."""
+    random = np.random.default_rng(seed)
+    x = correlated(random, 2000, channels)
+    fitted, other = x[:1500], x[1500:]
+    weight = random.normal(size=(channels, 24)).astype(np.float32)
+    gptq, nearest = gptq_columns(weight, (fitted.T @ fitted).astype(np.float32)), quantize_columns(weight)
+    np.testing.assert_array_equal(gptq[1], nearest[1])
+    assert np.abs(gptq[0].astype(int)).max() <= 127
+    lost, most = (
+        np.square(other @ (weight - values.astype(np.float64) * scale)).sum() for values, scale in (gptq, nearest)
+    )
+    assert lost < 0.5 * most
+
+
 @pytest.mark.parametrize("channels", [32, 70, 96])
 def test_it_is_the_nearest_where_channels_have_nothing_to_do_with_each_other(channels):
     random = np.random.default_rng(1)
     weight = random.normal(size=(channels, 7)).astype(np.float32)
     gram = np.diag(np.exp(random.normal(size=channels))).astype(np.float32)
-    for ours, nearest in zip(gptq_blocks4(weight, gram), quantize_blocks4(weight), strict=True):
-        np.testing.assert_array_equal(ours, nearest)
+    for gptq, rounded in ((gptq_blocks4, quantize_blocks4), (gptq_columns, quantize_columns)):
+        for ours, nearest in zip(gptq(weight, gram), rounded(weight), strict=True):
+            np.testing.assert_array_equal(ours, nearest)
 
 
 def test_the_factor_gives_the_damped_matrix_back():
