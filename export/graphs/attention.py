@@ -14,6 +14,8 @@ from samescore.export.quantize import Rescaling
 
 # Scores of keys that a query may not see.
 HIDDEN_SCORE = -1e30
+# Tokens from which reading the KV cache once for several queries pays. Shorter texts are computed as in a batch, to the bit.
+GROUPED_FROM = 1024
 
 
 class Attention:
@@ -34,6 +36,10 @@ class Attention:
         scaled = g.op("Mul", query, g.constant(1 / first, g.float_dtype))
         scores = g.cast(g.op("MatMul", scaled, g.op("Transpose", key, perm=[0, 1, 3, 2])), np.float32)
         return g.op("Mul", scores, g.constant(math.sqrt(size), np.float32)) if g.half else scores
+
+    def split(self, x: ir.Value, widths: list[int]) -> list[ir.Value]:
+        """Channels side by side, apart."""
+        return self.g.op_many("Split", x, self.g.ints(*widths), outputs=len(widths), axis=-1)
 
     def angles(self, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
         """cos and sin of position × inverse frequency, float32 [..., rotated / 2]; positions float32 [...]."""
@@ -98,9 +104,18 @@ class FusedAttention(Attention):
             self.pasts[index] = (key, value)
         self.seqlens = g.op("Sub", lengths, g.constant([1], np.int32))
         self.total_int32 = g.op("ReduceMax", lengths, keepdims=0)
+        self.starts = g.op("Sub", g.op("Cast", lengths, to=ir.DataType.INT64.value), self.rows.sequence)
+        self.places = g.op("Add", g.op("Unsqueeze", self.starts, g.ints(1)), self._range(self.rows.sequence))
+        long = g.op("GreaterOrEqual", self.total_int32, g.constant(GROUPED_FROM, np.int32))
+        self.grouped = g.op("And", long, g.op("Equal", g.op("Size", self.places), g.constant(1, np.int64)))
         # In float32, as the reference computes them.
         angles = np.arange(max_tokens, dtype=np.float32)[:, None] * self.config.rope
         self.cos, self.sin = (g.float_weight(f"rope.{f.__name__}", f(angles)) for f in (np.cos, np.sin))
+
+    @property
+    def separate(self) -> bool:
+        """Whether caches are written by an operator of their own."""
+        return self.rows.continued and not self.g.half
 
     @property
     def _cache(self) -> ir.DataType:
@@ -115,6 +130,10 @@ class FusedAttention(Attention):
         Without key and value, query holds all three side by side.
         """
         g, config, rows = self.g, self.config, self.rows
+        if self.separate:
+            if key is None or value is None:
+                query, key, value = self.split(query, [self.width, self.kv_width, self.kv_width])
+            return self._cached(query, key, value, index)
         past_key, past_value = self.pasts.get(index, (None, None))
         widths = [self.width if key is not None else self.width + 2 * self.kv_width, self.kv_width, self.kv_width]
         inputs = [x if x is None else rows.unflatten(x, w) for x, w in zip((query, key, value), widths, strict=True)]
@@ -135,6 +154,51 @@ class FusedAttention(Attention):
         )
         self._present(index, present_key, present_value)
         return g.op("Reshape", context, g.ints(-1, self.width))
+
+    def _cached(self, query: ir.Value, key: ir.Value, value: ir.Value, index: int) -> ir.Value:
+        """As `all_tokens`: keys and values go into the caches first.
+
+        A lone token behind a long text reads them once for each KV head, whose queries stand one below the other as if they were
+        tokens that see all. The operator by itself reads them once for each query, also of several texts: it takes their
+        tokens one at a time.
+        """
+        g, config, rows = self.g, self.config, self.rows
+        size, repeats = config.head_size, config.heads // config.kv_heads
+        query, key, value = (
+            rows.unflatten(x, width) for x, width in ((query, self.width), (key, self.kv_width), (value, self.kv_width))
+        )
+        query, key = self._rotate(query, self.places, config.heads), self._rotate(key, self.places, config.kv_heads)
+        caches = []
+        for past, new in zip(self.pasts[index], (key, value), strict=True):
+            by_head = g.op("Transpose", g.op("Reshape", new, g.ints(0, 0, config.kv_heads, size)), perm=[0, 2, 1, 3])
+            caches.append(g.op("TensorScatter", past, by_head, self.starts, axis=2))
+        self._present(index, *caches)
+        nothing = g.op("Slice", key, g.ints(0), g.ints(0), g.ints(1))
+
+        def attend(rows: ir.Value, heads: int, causal: int) -> ir.Value:
+            return g.contrib(
+                "GroupQueryAttention",
+                rows,
+                nothing,
+                nothing,
+                *caches,
+                self.seqlens,
+                self.total_int32,
+                num_heads=heads,
+                kv_num_heads=config.kv_heads,
+                causal=causal,
+            )
+
+        def one_token() -> ir.Value:
+            by_head = g.op("Reshape", query, g.ints(1, config.kv_heads, repeats, size))
+            below = g.op("Reshape", g.op("Transpose", by_head, perm=[0, 2, 1, 3]), g.ints(1, repeats, -1))
+            context = g.op("Reshape", attend(below, config.kv_heads, 0), g.ints(1, repeats, config.kv_heads, size))
+            return g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), g.ints(1, self.width))
+
+        def all_tokens() -> ir.Value:
+            return g.op("Reshape", attend(query, config.heads, 1), g.ints(-1, self.width))
+
+        return g.choose(self.grouped, one_token, all_tokens) if repeats > 1 else all_tokens()
 
     def last_token(self, query: ir.Value, key: ir.Value, value: ir.Value, index: int) -> ir.Value:
         """The last real token's context, rows [batch, heads * head_size]; query [batch, heads * head_size]."""
@@ -205,7 +269,7 @@ class PlainAttention(Attention):
         g, config = self.g, self.config
         repeats, size = config.heads // config.kv_heads, config.head_size
         if key is None or value is None:
-            query, key, value = self._split(query, [self.width, self.kv_width, self.kv_width])
+            query, key, value = self.split(query, [self.width, self.kv_width, self.kv_width])
         query, key, value = (
             self._heads(x, heads)
             for x, heads in zip((query, key, value), (config.heads, *[config.kv_heads] * 2), strict=True)
@@ -252,9 +316,6 @@ class PlainAttention(Attention):
         split = g.op("Reshape", self.rows.unflatten(x, heads * size), g.ints(0, 0, heads, size))
         return g.op("Transpose", split, perm=[0, 2, 1, 3])
 
-    def _split(self, x: ir.Value, widths: list[int]) -> list[ir.Value]:
-        return self.g.op_many("Split", x, self.g.ints(*widths), outputs=len(widths), axis=-1)
-
     def _rotate(self, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
         """RoPE on [batch, heads, tokens, size]: halves (a, b) → (a cos - b sin, b cos + a sin), in float32.
 
@@ -262,7 +323,7 @@ class PlainAttention(Attention):
         """
         g, half = self.g, self.config.rotated // 2
         widths = [half, half] + [self.config.head_size - 2 * half] * (self.config.rotated < self.config.head_size)
-        first, second, *kept = self._split(g.cast(x, np.float32), widths)
+        first, second, *kept = self.split(g.cast(x, np.float32), widths)
         rotated = (
             g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin)),
             g.op("Add", g.op("Mul", second, cos), g.op("Mul", first, sin)),

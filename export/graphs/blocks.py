@@ -28,6 +28,7 @@ class GraphBuilder:
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._named = 0
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[str | int]) -> ir.Value:
         """A graph input; strings in `shape` are dynamic axes."""
@@ -56,7 +57,7 @@ class GraphBuilder:
         self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
     ) -> list[ir.Value]:
         """A node with several outputs."""
-        number = len(self.nodes)
+        number, self._named = self._named, self._named + 1
         node = ir.Node(
             domain,
             op_type,
@@ -69,6 +70,16 @@ class GraphBuilder:
             value.name = f"{op_type}_{number}_{index}"
         self.nodes.append(node)
         return list(node.outputs)
+
+    def choose(self, condition: ir.Value, then: Callable[[], ir.Value], otherwise: Callable[[], ir.Value]) -> ir.Value:
+        """The value that one of two branches computes; both read any value from before."""
+        outer, branches = self.nodes, {}
+        for name, emit in (("then_branch", then), ("else_branch", otherwise)):
+            self.nodes = []
+            value = emit()
+            branches[name] = ir.Graph((), [value], nodes=self.nodes, name=f"{name}_{self._named}")
+        self.nodes = outer
+        return self.op("If", condition, **branches)
 
     def constant(self, value: Any, dtype: npt.DTypeLike) -> ir.Value:
         """A small array stored inside the graph; equal ones are stored once."""

@@ -10,6 +10,7 @@ from samescore.calibrate.activations import collect_statistics
 from samescore.export.build import MODEL_NAME, build_graph, check_buildable, check_variant
 from samescore.export.checkpoint import Checkpoint
 from samescore.export.generator import Generator
+from samescore.export.graphs.attention import GROUPED_FROM
 from samescore.export.language_model import EMBEDDING, HEAD
 from samescore.export.recipes import GENERATION_VARIANTS, variant_spec
 from samescore.runtime.errors import CheckpointError, UsageError
@@ -148,6 +149,21 @@ def test_decoding_in_place(exact, text):
     for place in range(20, ids.shape[1]):
         logits = decoding.step(ids[:, place : place + 1])
         np.testing.assert_allclose(logits[0], expected[place], atol=LARGEST)
+
+
+def test_long_texts_read_a_cache_once_for_several_queries(checkpoint, tmp_path):
+    """One token at a time, from before the place where that begins."""
+    ids = ids_of(checkpoint, GROUPED_FROM + 4)
+    expected = reference_logits(checkpoint, ids)
+    (tmp_path / "model").mkdir()
+    build_graph(checkpoint, variant_spec("cpu-fp32", "generate").recipe, tmp_path / "model", max_tokens=ids.shape[1])
+    decoding = Decoding(tmp_path / "model", capacity=ids.shape[1] + 3)
+    decoding.step(ids[:, :-8])
+    for back in range(8, 0, -1):
+        logits = decoding.step(ids[:, -back, None])
+        np.testing.assert_allclose(logits[0], expected[-back], atol=LARGEST)
+    branches = [node for node in onnx.load(tmp_path / "model" / MODEL_NAME).graph.node if node.op_type == "If"]
+    assert branches  # heads of these models share caches
 
 
 def test_rows_of_different_lengths_decode_together(checkpoint, exact):
