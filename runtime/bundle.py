@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from samescore.runtime.errors import BundleError
+from samescore.runtime.errors import BundleError, UsageError
 from samescore.runtime.manifest import MANIFEST_LIMIT, MANIFEST_NAME, Manifest, Variant, parse_manifest
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -67,6 +67,14 @@ class Bundle:
             self.close()
             raise
         self.digest = hashlib.sha256(raw).hexdigest()
+
+    def require_classifier(self, work: str) -> None:
+        """UsageError for a model that generates text; work: what is done with classifiers alone."""
+        if self.manifest.generation is not None:
+            raise UsageError(
+                f"{self.path} holds a model that generates text, and samescore {work} is for classifiers: samescore verify "
+                f"{self.path} measures its certificate again, samescore audit lets classifiers judge what it writes"
+            )
 
     def __enter__(self) -> Bundle:
         return self

@@ -118,8 +118,9 @@ class BundleFacts:
     """A bundle here. damaged: what is wrong with its files. chosen: what `load` takes, (variant, target), None if nothing.
 
     rejected: each other variant and why `load` does not take it. differs: what is not as where the bundle was certified; None
-    where it was not to be told. canary: a CanaryResult's fields, None where `load` failed. problem: why it took nothing or
-    failed, with `code`, the exit code of that error where it is samescore's own.
+    where it was not to be told. canary: a CanaryResult's fields, None where `load` failed and for a model that generates
+    text (`generates`), which has none. problem: why it took nothing or failed, with `code`, the exit code of that error where it
+    is samescore's own.
     """
 
     path: str
@@ -127,6 +128,7 @@ class BundleFacts:
     profile: str | None
     files: int
     size: int
+    generates: bool
     damaged: tuple[str, ...]
     variants: tuple[VariantFacts, ...]
     chosen: tuple[str, str] | None
@@ -261,6 +263,7 @@ def _bundle(
         profile=manifest.profile,
         files=len(manifest.files),
         size=sum(entry.size for entry in manifest.files.values()),
+        generates=manifest.generation is not None,
         damaged=damaged,
         variants=variants,
         chosen=chosen,

@@ -252,7 +252,8 @@ def _other_way(facts: Facts) -> str:
     bundle = facts.bundle
     fitting = [v for v in bundle.variants if v.target in ready] if bundle else []
     if bundle and fitting:
-        return f"samescore classify {bundle.path} --provider {fitting[0].target} --variant {fitting[0].name} …"
+        work = "generate" if bundle.generates else "classify"
+        return f"samescore {work} {bundle.path} --provider {fitting[0].target} --variant {fitting[0].name} …"
     return "see the findings on providers, or export a variant for a provider that is ready"
 
 

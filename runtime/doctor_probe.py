@@ -31,6 +31,7 @@ from samescore.runtime.cpu import u8s8_saturates
 from samescore.runtime.elf import read_shared_library
 from samescore.runtime.errors import ProviderError, SamescoreError
 from samescore.runtime.libraries import preload
+from samescore.runtime.loading import load
 from samescore.runtime.opening import hand_over_weights, options_for
 from samescore.runtime.placement import RECORD_ENTRY, placement_of, strays
 from samescore.runtime.providers import candidates, plugin_devices, provider_name
@@ -151,13 +152,16 @@ def start(path: str, provider: str, variant: str, memory: str) -> Iterator[Answe
         raise ProviderError(
             f"not tried: {chosen.name} holds {size / 1e9:.1f} GB, {int(memory) / 1e9:.1f} GB of memory are left"
         )
-    classifier = Classifier(path, provider=provider, variant=variant or None, low_memory=True)
-    chosen, target = classifier.variant, classifier.target
-    yield {"variant": chosen.name, "target": target, "rejected": classifier.rejected}
+    opened = load(path, provider=provider, variant=variant or None, low_memory=True)
+    chosen, target = opened.variant, opened.target
+    yield {"variant": chosen.name, "target": target, "rejected": opened.rejected}
+    if not isinstance(opened, Classifier):
+        yield {"canary": None}
+        return
     with Bundle(path) as bundle:
         certified = read_canary(bundle, chosen.name).variants[chosen.name].environment
     yield {"certified": dataclasses.asdict(certified), "here": dataclasses.asdict(here(target))}
-    yield {"canary": dataclasses.asdict(classifier.canary)}
+    yield {"canary": dataclasses.asdict(opened.canary)}
 
 
 QUESTIONS: dict[str, Callable[..., Iterator[Answer]]] = {

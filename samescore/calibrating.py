@@ -106,6 +106,7 @@ def calibrate_bundle(
         raise UsageError(f"a correction is fitted to one of {', '.join(get_args(FittedTo))}, not to {to!r}")
     target = Path(path).resolve()
     with Bundle(target) as bundle:
+        bundle.require_classifier("calibrate")
         manifest = bundle.manifest
         names = [manifest.variant(name).name for name in dict.fromkeys(variants)] or [v.name for v in manifest.variants]
         certificate = parse_certificate(bundle.read(CERTIFICATE_NAME))

@@ -193,6 +193,7 @@ class _Scored:
 
 def _manifest(path: str | os.PathLike[str]) -> Manifest:
     with Bundle(path) as bundle:
+        bundle.require_classifier("compare")
         return bundle.manifest
 
 

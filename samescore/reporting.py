@@ -59,6 +59,7 @@ def render_report(path: str | os.PathLike[str]) -> str:
     jinja2 = _import_jinja()
     plots.import_matplotlib()
     with Bundle(path) as bundle:
+        bundle.require_classifier("report")
         if SCORES_NAME not in bundle.manifest.files:
             raise BundleError(
                 f"{bundle.path} holds no {SCORES_NAME}, the logits behind its certificate, so there is nothing to draw: "

@@ -1,6 +1,7 @@
 """`samescore chat` and `samescore generate` as a user runs them."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pty
@@ -15,7 +16,11 @@ import pytest
 
 from samescore import export_generator
 from samescore.cli import main
+from samescore.runtime import doctor
+from samescore.runtime.doctor import examine
+from samescore.runtime.doctor_findings import diagnose
 from samescore.runtime.generation.generator import Generator
+from samescore.runtime.machine import memory
 
 pytestmark = pytest.mark.torch
 TEMPLATE = (
@@ -200,6 +205,9 @@ def test_lines_that_are_no_terminal(chat_bundle):
 SLOWLY = """
 import sys, time
 from samescore.cli import main
+from samescore.runtime import doctor
+from samescore.runtime.doctor import examine
+from samescore.runtime.doctor_findings import diagnose
 from samescore.runtime.generation.engine import Engine
 step = Engine.step
 Engine.step = lambda *arguments: (time.sleep(0.02), step(*arguments))[1]
@@ -268,3 +276,36 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat_bundle):
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.end() == 0
+
+
+def test_the_doctor_opens_it(chat_bundle):
+    facts = examine(chat_bundle)
+    bundle = facts.bundle
+    assert bundle.generates and bundle.chosen == ("cpu-fp32", "cpu") and bundle.rejected == {}
+    assert bundle.problem is None and bundle.canary is None
+    assert not [finding for finding in diagnose(facts) if finding.code]
+
+
+def test_the_doctor_without_memory_names_the_right_command(chat_bundle, monkeypatch):
+    monkeypatch.setattr(doctor, "memory", lambda: dataclasses.replace(memory(), mem_available=1000))
+    advice = [finding.advice for finding in diagnose(examine(chat_bundle))]
+    assert any(line.startswith(f"samescore generate {chat_bundle} ") for line in advice)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compare", "BUNDLE", "BUNDLE"],
+        ["report", "BUNDLE", "-o", "page.html"],
+        ["calibrate", "BUNDLE", "--texts", "texts.jsonl"],
+        ["warmup", "BUNDLE"],
+        ["classify", "BUNDLE", "-i", "texts.jsonl"],
+    ],
+)
+def test_what_is_for_classifiers_says_so(chat_bundle, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "bread"}) + "\n")
+    before = (chat_bundle / "bundle.json").read_bytes()
+    assert main([str(chat_bundle) if part == "BUNDLE" else part for part in command]) == 2
+    assert "holds a model that generates text" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists() and (chat_bundle / "bundle.json").read_bytes() == before

@@ -42,7 +42,7 @@ class Generator:
     presence_penalty, frequency_penalty, seed, max_tokens, stop, logprobs; what is not named comes from the checkpoint's
     generation_config.json.
 
-    Raises BundleError, ProviderError or UsageError.
+    The attribute `rejected` says why `auto` gave up other variants, by name. Raises BundleError, ProviderError or UsageError.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Generator:
                 model = bundle.model(chosen)
                 return Session(model, target, intra_op_threads=self.threads, low_memory=low_memory)
 
-            self.variant, self.target, session, _ = open_first(bundle.manifest, provider, variant, attempt)
+            self.variant, self.target, session, self.rejected = open_first(bundle.manifest, provider, variant, attempt)
         context = min(self.generation.context, self.variant.max_tokens or self.generation.context)
         vocabulary = self.generation.vocabulary
         self.engine = Engine(session, context=context, vocabulary=vocabulary, cache_bytes=cache_bytes)

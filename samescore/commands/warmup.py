@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     from samescore.runtime.warmup import memory_of
 
     with Bundle(arguments.bundle) as bundle:
+        bundle.require_classifier("warmup")
         variant, target = _chosen(bundle, arguments)
         require_padding(variant.inputs)
         check_limit(variant, bundle.manifest.contract.with_max_tokens(arguments.max_tokens).max_tokens)
