@@ -9,6 +9,8 @@ round by round. Read times as ratios. Models are made once and kept in the work 
 
     ours-int8, ours-int4, ours-fp32  samescore's variants cpu-int8, …, calibrated on random token sequences, in its engine;
                                      no snapshots of states are kept
+    ours-int8+a16                    cpu-int8 with activations of two digits in every layer (int8-row-a16), which is about what
+                                     its gate asks of the smallest trained models (only on request)
     torch-bf16, torch-fp32           transformers with its cache, logits of the last position alone (fp32 only on request)
     genai-int8                       onnxruntime-genai, the int8 model of its own builder
     llama.cpp-q8_0                   llama.cpp compiled for this CPU, Q8_0 of its own converter, key-value cache in float16,
@@ -56,7 +58,9 @@ from samescore.export.generation import DEFAULT_CONTEXT
 HERE = Path(__file__).resolve().parent
 WORKER, PREPARE = HERE / "generator_worker.py", HERE / "generator_prepare.py"
 DEFAULT = ("ours-int8", "ours-int4", "ours-fp32", "torch-bf16", "genai-int8", "llama.cpp-q8_0")
-KNOWN = (*DEFAULT, "torch-fp32")
+KNOWN = (*DEFAULT, "ours-int8+a16", "torch-fp32")
+# Layers in another number format than the variant's: what stands behind the `+` of a contender of ours.
+LAYERS = {"a16": "int8-row-a16"}
 REFERENCE = "torch-fp32"
 # Of contenders with environments of their own (`peers/<name>.txt`): the one that runs the model, and the one that makes it,
 # which is also the step of `generator_prepare.py`.
@@ -137,7 +141,9 @@ class Models:
         if family == "torch":
             return ours, Path(self.arguments.checkpoint)
         if family == "ours":
-            options = ["ours", "--variant", f"cpu-{precision}", "--max-tokens", str(self.context), *source]
+            variant, _, layers = precision.partition("+")
+            options = ["ours", "--variant", f"cpu-{variant}", "--max-tokens", str(self.context), *source]
+            options += ["--layers", LAYERS[layers]] if layers else []
             command = [str(ours), str(PREPARE), *options, "--calibration", str(self.calibration)]
             return ours, self.workshop.made(f"cpu-{precision}", f"{self.key} {self.context}", command)
         runs, makes = PEER_ENVIRONMENTS[family]

@@ -23,12 +23,17 @@ from llama_prepare import build_calibrated, parser, run
 
 def ours(arguments: argparse.Namespace) -> None:
     """A variant of samescore's that generates text."""
+    from samescore.calibrate.effects import parts_of
     from samescore.export.checkpoint import Checkpoint
     from samescore.export.generator import Generator
     from samescore.export.recipes import variant_spec
 
+    checkpoint = Generator(Checkpoint(arguments.checkpoint))
     recipe = variant_spec(arguments.variant, "generate").recipe
-    build_calibrated(Generator(Checkpoint(arguments.checkpoint)), recipe, arguments, max_tokens=arguments.max_tokens)
+    if arguments.layers:
+        layers = [part for part in parts_of(checkpoint) if "embed" not in part]
+        recipe = recipe.choosing(dict.fromkeys(layers, arguments.layers))
+    build_calibrated(checkpoint, recipe, arguments, max_tokens=arguments.max_tokens)
 
 
 def genai(arguments: argparse.Namespace) -> None:
@@ -69,6 +74,7 @@ def main() -> None:
     """One step."""
     options = parser(STEPS, __doc__)
     options.add_argument("--max-tokens", type=int, help="ours: the most tokens of a prompt and what follows")
+    options.add_argument("--layers", help="ours: number format of all layers, in place of the variant's")
     run(STEPS, options.parse_args())
 
 
