@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -68,7 +68,9 @@ class Session:
         in_memory = hand_over_weights(session_options, model, target)
         # ONNX Runtime keeps using these buffers, or the copy that lives as long as the model's bytes.
         self._model = model
-        with _forgetting(() if low_memory or not in_memory else model.data.values()):
+        repacked = in_memory and not low_memory
+        self._mapped = [buffer for buffer in model.data.values() if isinstance(buffer, mmap.mmap)] if repacked else []
+        with self._forgetting():
             self._session = open_session(ort, model.graph, session_options, target, options or {})
         self.target = target
         self.placement: Placement | None = checked_placement(ort, self._session, target)
@@ -107,6 +109,15 @@ class Session:
         states = self._run(names, self._with_state(feeds, state))
         return dict(zip(self._states, states, strict=True))
 
+    def forget(self) -> None:
+        """Let go of mapped pages of weights that are repacked: they count as memory a second time.
+
+        They stay in the page cache, and those that are read again (embedding rows) come back from there. A kernel that maps
+        large folios may map a megabyte for a row of an embedding.
+        """
+        for buffer in self._mapped:
+            buffer.madvise(mmap.MADV_DONTNEED)
+
     def binding(self) -> Any:
         """A fresh binding (onnxruntime.IOBinding) of inputs and outputs to buffers, for `run_bound`."""
         return self._session.io_binding()
@@ -140,32 +151,23 @@ class Session:
                 raise
             raise ProviderError(f"{provider_name(self.target)} failed while it ran this graph: {error}") from error
 
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Forget again and again while weights are repacked."""
+        if not self._mapped:
+            yield
+            return
+        done = threading.Event()
 
-@contextmanager
-def _forgetting(buffers: Iterable[Any]) -> Iterator[None]:
-    """Let go of mapped pages while a session repacks the weights in them: they would count as memory a second time.
+        def watch() -> None:
+            while not done.wait(FORGET_SECONDS):
+                self.forget()
 
-    They stay in the page cache, and those that are read again (embedding rows) come back from there.
-    """
-    mapped = [buffer for buffer in buffers if isinstance(buffer, mmap.mmap)]
-    if not mapped:
-        yield
-        return
-    done = threading.Event()
-
-    def forget() -> None:
-        for buffer in mapped:
-            buffer.madvise(mmap.MADV_DONTNEED)
-
-    def watch() -> None:
-        while not done.wait(FORGET_SECONDS):
-            forget()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        forget()
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self.forget()

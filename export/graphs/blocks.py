@@ -73,13 +73,15 @@ class GraphBuilder:
 
     def choose(self, condition: ir.Value, then: Callable[[], ir.Value], otherwise: Callable[[], ir.Value]) -> ir.Value:
         """The value that one of two branches computes; both read any value from before."""
-        outer, branches = self.nodes, {}
-        for name, emit in (("then_branch", then), ("else_branch", otherwise)):
-            self.nodes = []
+
+        def branch(emit: Callable[[], ir.Value]) -> ir.Graph:
+            outer, self.nodes = self.nodes, []
             value = emit()
-            branches[name] = ir.Graph((), [value], nodes=self.nodes, name=f"{name}_{self._named}")
-        self.nodes = outer
-        return self.op("If", condition, **branches)
+            graph = ir.Graph((), [value], nodes=self.nodes, name=f"branch_{self._named}")
+            self.nodes = outer
+            return graph
+
+        return self.op("If", condition, then_branch=branch(then), else_branch=branch(otherwise))
 
     def constant(self, value: Any, dtype: npt.DTypeLike) -> ir.Value:
         """A small array stored inside the graph; equal ones are stored once."""

@@ -23,6 +23,8 @@ Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
 CACHE_BYTES = 256 * 1024 * 1024
+# Tokens after which pages of the embedding are let go.
+FORGET_TOKENS = 128
 
 
 class Cancelled(Exception):
@@ -41,6 +43,7 @@ class Engine:
         self._layout = Layout(session.state_inputs, session.target, context)
         self.cache = SnapshotCache(cache_bytes, exact=self._layout.exact)
         self._lock = threading.Lock()
+        self._unforgotten = 0
 
     def start(self, ids: Sequence[int] | Ids, *, keep: int = 0, cancel: threading.Event | None = None) -> State:
         """A state behind the ids [sequence] of a prompt, its `logits` [1, vocabulary] those of the next token.
@@ -140,9 +143,17 @@ class Engine:
                 binding.bind_ortvalue_output(name.replace("past_", "present_", 1), state.spare.get(name, value))
             self.session.run_bound(binding)
             logits: Logits = np.array(binding.get_outputs()[0].numpy(), np.float32)
+            self._forget(ids.size)
         for name in state.spare:
             state.past[name], state.spare[name] = state.spare[name], state.past[name]
         for row, more in zip(state.tokens, ids.tolist(), strict=True):
             row.extend(more)
         state.logits = logits
         return logits
+
+    def _forget(self, tokens: int) -> None:
+        """Keep memory flat: rows of the embedding that are read map pages of its file, in the end all of them."""
+        self._unforgotten += tokens
+        if self._unforgotten >= FORGET_TOKENS:
+            self.session.forget()
+            self._unforgotten = 0

@@ -1,6 +1,9 @@
 """Bundles that write: the same tokens as transformers, states that are reused, batches, and what goes wrong."""
 
+import gc
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import pytest
 import samescore
 from samescore.runtime import Classifier, Generator
 from samescore.runtime.errors import GenerationError, InputError, UsageError
-from samescore.runtime.generation.engine import Engine
+from samescore.runtime.generation.engine import FORGET_TOKENS, Engine
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -202,6 +205,30 @@ def test_no_cache_and_a_small_one(generator_bundle):
         small.engine.start(random_ids(40, seed))
     assert 0 < small.engine.cache.nbytes <= 200_000
     assert len(small.engine.cache) < 12
+
+
+def resident_of(name):
+    """KiB of mapped files of that name that this process holds in memory."""
+    held, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            counts = line.endswith(f"/{name}")
+        elif counts and line.startswith("Rss:"):
+            held += int(line.split()[1])
+    return held
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="smaps")
+def test_pages_of_the_weights_are_let_go(generator_bundle):
+    """They are in memory once, repacked; rows of the embedding come back when they are read."""
+    gc.collect()
+    before = resident_of("model.onnx.data")  # of generators in other tests
+    generator = Generator(generator_bundle, threads=1, cache_bytes=0)
+    expected = generator.engine.start(random_ids(20)).logits
+    assert resident_of("model.onnx.data") > before
+    generator.engine.start(random_ids(FORGET_TOKENS))
+    assert resident_of("model.onnx.data") <= before
+    np.testing.assert_array_equal(generator.engine.start(random_ids(20)).logits, expected)
 
 
 def test_pieces_are_the_completion(generator):
