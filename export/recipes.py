@@ -44,8 +44,9 @@ class Recipe:
     half: linear layers compute in float16; norms, softmax and the residual stream stay float32.
     smoothing: whether scales from calibration texts are folded in: int8 activations are smoothed (and centred, where the
       architecture can), rounded weights favour channels with large activations.
-    rounding: of `int4-blocks`, `int8-row` and `int8-row-a16` weights: to the nearest, or by GPTQ where calibration texts give
-      a Gram matrix. A tapped graph of a recipe with GPTQ also outputs what the Gram matrices are made of.
+    rounding: of `int4-blocks` weights: to the nearest, or by GPTQ where calibration texts give a Gram matrix. A tapped graph
+      of a recipe with GPTQ also outputs what the Gram matrices are made of.
+    rounded_rows: GPTQ rounds `int8-row` and `int8-row-a16` weights too.
     state: decoders also take and return their KV cache, for shared prefixes and for long texts in chunks.
     padding: the fused graph of an encoder also takes `lengths`, so that a batch may be padded; those of decoders always do.
     chunked: fused linear attention is one GatedDeltaNet operator, of which ONNX Runtime has no CPU kernel, and not
@@ -64,6 +65,7 @@ class Recipe:
     ir_version: int
     smoothing: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
+    rounded_rows: bool = False
     half: bool = False
     state: bool = False
     padding: bool = False
@@ -220,6 +222,7 @@ GENERATION_VARIANTS: tuple[VariantSpec, ...] = (
             ir_version=10,
             smoothing=True,
             rounding="gptq",
+            rounded_rows=True,
             state=True,
             block=32,
             slices=1,
@@ -240,6 +243,7 @@ GENERATION_VARIANTS: tuple[VariantSpec, ...] = (
             ir_version=10,
             smoothing=True,
             rounding="gptq",
+            rounded_rows=True,
             state=True,
             block=32,
         ),

@@ -104,10 +104,11 @@ class FusedAttention(Attention):
             self.pasts[index] = (key, value)
         self.seqlens = g.op("Sub", lengths, g.constant([1], np.int32))
         self.total_int32 = g.op("ReduceMax", lengths, keepdims=0)
-        self.starts = g.op("Sub", g.op("Cast", lengths, to=ir.DataType.INT64.value), self.rows.sequence)
-        self.places = g.op("Add", g.op("Unsqueeze", self.starts, g.ints(1)), self._range(self.rows.sequence))
-        long = g.op("GreaterOrEqual", self.total_int32, g.constant(GROUPED_FROM, np.int32))
-        self.grouped = g.op("And", long, g.op("Equal", g.op("Size", self.places), g.constant(1, np.int64)))
+        if self.separate:
+            self.starts = g.op("Sub", g.op("Cast", lengths, to=ir.DataType.INT64.value), self.rows.sequence)
+            self.places = g.op("Add", g.op("Unsqueeze", self.starts, g.ints(1)), self._range(self.rows.sequence))
+            long = g.op("GreaterOrEqual", self.total_int32, g.constant(GROUPED_FROM, np.int32))
+            self.grouped = g.op("And", long, g.op("Equal", g.op("Size", self.places), g.constant(1, np.int64)))
         # In float32, as the reference computes them.
         angles = np.arange(max_tokens, dtype=np.float32)[:, None] * self.config.rope
         self.cos, self.sin = (g.float_weight(f"rope.{f.__name__}", f(angles)) for f in (np.cos, np.sin))

@@ -62,6 +62,11 @@ class RowInt8Linears:
         self.statistics = statistics
         self._quantized: dict[tuple[int, int], _QuantizedRows] = {}
 
+    @property
+    def by_gptq(self) -> bool:
+        """Whether weights are rounded by GPTQ, where there are Gram matrices."""
+        return self.g.recipe.rounding == "gptq" and self.g.recipe.rounded_rows
+
     def rescaling(
         self, site: str, weight: FloatArray, *, centred: bool = True, tied: tuple[int, int] | None = None
     ) -> Rescaling | None:
@@ -172,7 +177,7 @@ class RowInt8Linears:
     ) -> tuple[Int8Array, FloatArray]:
         """int8 [K, N] and column scales [N] of a weight whose input was rescaled so. channels: which of the site's."""
         gram = None
-        if self.statistics is not None and self.g.recipe.rounding == "gptq":
+        if self.statistics is not None and self.by_gptq:
             gram = self.statistics[site].gram_of(rescaling)
         if gram is None:
             return quantize_columns(weight)
@@ -238,7 +243,7 @@ class RowDigitLinears(RowInt8Linears):
         self, site: str, weight: FloatArray, *, centred: bool = True, tied: tuple[int, int] | None = None
     ) -> Rescaling | None:
         """See RowInt8Linears."""
-        if self.g.recipe.rounding == "gptq" and not self.wide_weights:
+        if self.by_gptq and not self.wide_weights:
             return None
         return super().rescaling(site, weight, centred=centred, tied=tied)
 

@@ -85,7 +85,7 @@ def test_gptq_rounds_by_what_is_multiplied(tmp_path, number_format, layer):
         emit, exact = (lambda f, r: f(r, "site", weights[0])), a
         if layer != "linear":
             emit, exact = (lambda f, r: f.gated(r, "mlp", GatedWeights(*weights), None)), hidden @ weights[2]
-        options = {"slices": 3 if layer == "slices" else 1, "rounding": rounding}
+        options = {"slices": 3 if layer == "slices" else 1, "rounding": rounding, "rounded_rows": True}
         found[rounding] = error(run(folder, number_format, emit, x, statistics, **options), exact)
     assert found["gptq"] < (0.6 if number_format == "int8-row-a16" else 0.95) * found["nearest"]
 
