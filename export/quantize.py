@@ -35,10 +35,12 @@ class ChannelStatistics:
         """The Gram matrix [K, K] of the rescaled inputs, where there is one."""
         if self.gram is None or rescaling is None:
             return self.gram
-        shift, scale = rescaling.shift, rescaling.scale
-        crossed = np.outer(shift, self.mean)
-        gram: FloatArray = (self.gram - crossed - crossed.T + np.outer(shift, shift)) / scale[:, None] / scale
-        return gram
+        gram, shift, scale = self.gram, rescaling.shift, rescaling.scale
+        if shift.any():
+            crossed = np.outer(shift, self.mean)
+            gram = gram - crossed - crossed.T + np.outer(shift, shift)
+        rescaled: FloatArray = gram / scale[:, None] / scale
+        return rescaled
 
     def uncentred(self) -> ChannelStatistics:
         """The same with mean 0, so that `spread` is the largest magnitude."""

@@ -195,7 +195,7 @@ def _newest(ort: Any, place: int, least: int) -> int:
         graph[place] = number
         try:
             ort.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
-        except Exception:
+        except Exception:  # ONNX Runtime's own exception types share no base
             return number - 1
     return 126
 

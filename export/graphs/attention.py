@@ -176,10 +176,10 @@ class FusedAttention(Attention):
         self._present(index, *caches)
         nothing = g.op("Slice", key, g.ints(0), g.ints(0), g.ints(1))
 
-        def attend(rows: ir.Value, heads: int, causal: int) -> ir.Value:
+        def attend(queries: ir.Value, heads: int, causal: int) -> ir.Value:
             return g.contrib(
                 "GroupQueryAttention",
-                rows,
+                queries,
                 nothing,
                 nothing,
                 *caches,

@@ -34,7 +34,7 @@ def test_float32_passes_and_plain_int8_does_not(tmp_path):
     exact, rounded = parity["cpu-fp32"].drift, parity["cpu-int8"].drift
     assert parity["cpu-fp32"].outcome == "PASS" and parity["cpu-int8"].outcome == "FAIL"
     assert exact.answers.max_kld < 1e-6 and exact.greedy.outside == 0
-    # Measured: 1.6e-2.
+    # Measured: 1.6e-2 rounded to the nearest, 1.3e-2 by GPTQ from all calibration texts.
     assert 1e-3 < rounded.answers.mean_kld < 5e-2
     again = verify(result.path).certificate.variants
     for name, before in parity.items():
